@@ -9,23 +9,23 @@ PACKED_MODES = ("mean", "weightedmean", "lasttoken")
 def pool_packed(
     hidden: Tensor, cu_seqlens: Tensor, mode: str = "mean", prompt_lengths: int | Tensor | None = None
 ) -> Tensor:
-    """Pool packed token states into one vector a sequence, as sentence-transformers' `Pooling` does on padded ones.
+    """Pool packed token states into one vector a sequence, as sentence-transformers does on padded ones.
 
-    That class also reads packed states, but knows one prompt length for the whole batch and answers a sequence
-    without tokens with zeros or with its neighbour's last token.
+    Its `Pooling` also reads packed states, but knows one prompt length for the whole batch and answers a
+    sequence without tokens with zeros or with its neighbour's last token.
 
     Args:
-        hidden: (T, d) floating, the tokens of all sequences one after another; half precision is summed in fp32.
-        cu_seqlens: (B + 1,) integer, cumulative lengths from 0 to T; on the CPU it costs no device synchronisation.
+        hidden: (T, d) floating, the tokens of all sequences in order; half precision is summed in fp32.
+        cu_seqlens: (B + 1,) integer, cumulative lengths from 0 to T; kept on the CPU they cost no synchronisation.
         mode: "mean", "weightedmean" (SGPT, arXiv 2202.08904: weights 1, 2, ... by position) or "lasttoken".
-        prompt_lengths: leading tokens of each sequence left out, one number or (B,); positions count from the
-            sequence's own start all the same.
+        prompt_lengths: leading tokens of each sequence to leave out, one number or (B,); positions still count
+            from the sequence's own start.
 
     Returns:
         (B, d) in the dtype of `hidden`.
 
     Raises:
-        ValueError: for an unknown mode, for lengths that do not add up, or for a sequence with no token to pool.
+        ValueError: for an unknown mode, lengths that do not add up, or a sequence with no token to pool.
     """
     if mode not in PACKED_MODES:
         raise ValueError(f"mode must be one of {PACKED_MODES}, got {mode!r}")
@@ -61,23 +61,21 @@ def checked_lengths(
     """
     cu_seqlens = cu_seqlens.long()
     lengths = cu_seqlens[1:] - cu_seqlens[:-1]
-    skipped = torch.as_tensor(
-        prompt_lengths or 0 if not isinstance(prompt_lengths, Tensor) else prompt_lengths
+    skipped = (
+        torch.as_tensor(0 if prompt_lengths is None else prompt_lengths).to(cu_seqlens).expand_as(lengths)
     )
-    skipped = skipped.to(cu_seqlens).expand_as(lengths)
     ends_right = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == tokens)
     if not bool(ends_right & (lengths > skipped).all()):
         if not bool(ends_right):
             raise ValueError(f"cu_seqlens must run from 0 to {tokens}, got {cu_seqlens.tolist()}")
         row = int((lengths <= skipped).nonzero()[0])
-        raise ValueError(
-            f"sequence {row} has no token to pool: {int(lengths[row])} tokens, {int(skipped[row])} of them prompt"
-        )
+        counts = f"{int(lengths[row])} tokens, {int(skipped[row])} of them prompt"
+        raise ValueError(f"sequence {row} has no token to pool: {counts}")
     return lengths, skipped
 
 
 def token_weights(cu_seqlens: Tensor, tokens: int, skipped: Tensor, mode: str = "mean") -> Tensor:
-    """Give each packed token its weight in the (weighted) mean: 0 in the prompt, else 1 or its position from 1.
+    """Give each packed token its weight in the mean: 0 in the prompt, else 1 or its position counted from 1.
 
     Args:
         cu_seqlens: (B + 1,) integer, cumulative lengths.
