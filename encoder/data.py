@@ -1,6 +1,6 @@
 """Reads texts and pairs from files, stdin or a dataset of the hub, and says where the input is wrong.
 
-Formats by suffix, each but Parquet also as .gz: .txt (one text a line), .jsonl, .csv, .tsv, .parquet. Anything
+Formats by suffix, each but Parquet also as .gz: .txt (a text a line), .jsonl, .csv, .tsv, .parquet. Anything
 else that is no file is the name of a dataset, `name`, `name:configuration` or `name:configuration@split`.
 """
 
@@ -33,7 +33,7 @@ def read_texts(source: str | Path, column: str = "text", *, limit: int | None = 
     """Read texts one at a time, skipping blank ones.
 
     Args:
-        source: a file, a dataset's name, or "-" for stdin: text, or JSONL when the first line starts with a brace.
+        source: a file, a dataset's name, or "-" for stdin (text, or JSONL if the first line starts with "{").
         column: the field that holds the text, where the format has fields.
         limit: stop after so many texts.
 
@@ -42,7 +42,7 @@ def read_texts(source: str | Path, column: str = "text", *, limit: int | None = 
 
     Raises:
         FileNotFoundError: no such file.
-        DataError: bytes that are not UTF-8, a malformed line, a missing field; the message has the line number.
+        DataError: not UTF-8, a malformed line or a missing field; the message has the line number.
     """
     count = 0
     for where, row in read_rows(source):
