@@ -1,0 +1,41 @@
+"""Which tests run where: see the module docstring of bench/ladder.py."""
+
+import sys
+
+import pytest
+import torch
+from triton import knobs
+
+from uncausal.bench import ladder
+
+
+def pytest_configure(config):
+    config.addinivalue_line(
+        "markers", "interpret: needs a process with TRITON_INTERPRET=1 (ladder.interpret)"
+    )
+    config.addinivalue_line("markers", "sanitize: needs ttsem or a GPU (ladder.sanitize, make sanitize)")
+
+
+def _sanitised() -> bool:
+    return getattr(getattr(sys.modules["__main__"], "__spec__", None), "name", None) == "ttsem.sanitize"
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave out the tests that this process cannot run; their runners start them in one that can."""
+    interpreted = knobs.runtime.interpret
+    on_device = _sanitised() or torch.cuda.is_available()
+    kept, left_out = [], []
+    for item in items:
+        needs_interpreter = item.get_closest_marker("interpret") and not interpreted
+        needs_device = item.get_closest_marker("sanitize") and (interpreted or not on_device)
+        (left_out if needs_interpreter or needs_device else kept).append(item)
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = kept
+
+
+@pytest.fixture
+def poison():
+    """Run the test with torch's uninitialised memory filled with NaN."""
+    with ladder.poisoned_empty():
+        yield
