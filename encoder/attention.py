@@ -1,0 +1,231 @@
+"""Offers the packed attention of `uncausal.kernels.attention` to transformers under the name "uncausal".
+
+Importing this module is enough: `model.set_attn_implementation("uncausal")` then works. The name must not
+contain "flash": sentence-transformers refuses such a name unless flash-attn itself is installed.
+
+A batch reaches the kernel in one of three forms:
+    packed  (1, T) with `cu_seq_lens_q` and `cu_seq_lens_k`, or with `position_ids` that restart
+    padded  (B, L) with a 2D mask: real tokens are gathered, attended and scattered back
+    dense   (B, L) without padding
+What depends on the batch alone (a PackedLayout) is built in the first layer and found again in the others.
+"""
+
+import weakref
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from uncausal.kernels.attention import flash_attn_func, flash_attn_varlen_func
+from uncausal.kernels.packing import PackedLayout, pack, unpack
+
+NAME = "uncausal"
+
+
+class _Batch(NamedTuple):
+    """The sequences of a batch whose rows are not all one full sequence."""
+
+    layout: PackedLayout
+    padded: bool  # tokens must be gathered, and scattered back afterwards
+    has_gaps: bool = False  # padding lies between real tokens
+
+
+class _Recent:
+    """The last few values derived from a tensor, found again while that very tensor lives unchanged.
+
+    A weak dictionary would leak: a layout holds the cu_seqlens that would be its key.
+    """
+
+    def __init__(self, size: int = 8):
+        self.size = size
+        self.entries: list[tuple[weakref.ref, int, _Batch | None]] = []
+
+    def get(self, tensor: Tensor, build: Callable[[Tensor], _Batch | None]) -> _Batch | None:
+        version = -1 if tensor.is_inference() else tensor._version
+        for reference, known_version, value in self.entries:
+            if reference() is tensor and known_version == version:
+                return value
+        value = build(tensor)
+        self.entries = [(weakref.ref(tensor), version, value), *self.entries[: self.size - 1]]
+        return value
+
+
+_recent = _Recent()
+
+
+def _batch_from_mask(mask: Tensor) -> _Batch:
+    starts = mask & ~pad(mask, (1, 0))[:, :-1]
+    return _Batch(PackedLayout.from_mask(mask), True, bool((starts.sum(1) > 1).any()))
+
+
+def _batch_from_position_ids(position_ids: Tensor) -> _Batch | None:
+    """position_ids: (1, T); one that does not follow its neighbour starts a sequence. None for one sequence."""
+    starts = (position_ids[0].diff() != 1).nonzero().squeeze(1) + 1
+    if not len(starts):
+        return None
+    total = position_ids.shape[1]
+    offsets = [0, *starts.tolist(), total]
+    lengths = [end - start for start, end in zip(offsets, offsets[1:], strict=False)]
+    return _Batch(PackedLayout.from_lengths(lengths, position_ids.device), False)
+
+
+def _batch_from_cu_seqlens(cu_seqlens: Tensor, total: int, kwargs: dict) -> _Batch:
+    other, longest = kwargs.get("cu_seq_lens_k"), kwargs.get("max_length_q")
+    if other is not None and other is not cu_seqlens and not torch.equal(other, cu_seqlens):
+        raise NotImplementedError(
+            "uncausal attention attends within a batch: cu_seq_lens_q and _k must agree"
+        )
+    if cu_seqlens.device.type == "cpu":
+        return _Batch(PackedLayout.from_lengths(cu_seqlens.diff().tolist()), False)
+    longest = longest if isinstance(longest, int) else None
+    return _Batch(PackedLayout.from_cu_seqlens(cu_seqlens, total, longest), False)
+
+
+def _find_batch(query: Tensor, key: Tensor, mask: Tensor | None, kwargs: dict) -> _Batch | None:
+    """The sequences of this batch, or None when every row of it is one full sequence."""
+    rows, _, length, _ = query.shape
+    layout, cu_seqlens, position_ids = (kwargs.get(x) for x in ("layout", "cu_seq_lens_q", "position_ids"))
+    if layout is not None or cu_seqlens is not None:
+        if rows != 1:
+            raise ValueError(f"packed input has the shape (1, T), but this batch has {rows} rows")
+        if layout is not None:
+            return _Batch(layout, False)
+        assert isinstance(cu_seqlens, Tensor)
+        return _recent.get(cu_seqlens, lambda tensor: _batch_from_cu_seqlens(tensor, length, kwargs))
+    if mask is not None:
+        if mask.ndim != 2:
+            raise NotImplementedError(
+                f"uncausal attention takes a 2D padding mask, not {tuple(mask.shape)}; use sdpa or eager"
+            )
+        if length != key.shape[2]:
+            raise NotImplementedError(
+                f"uncausal attention keeps no cache of padded keys ({length} queries, {key.shape[2]} keys); "
+                "pass use_cache=False"
+            )
+        return _recent.get(mask, _batch_from_mask)
+    if position_ids is not None and rows == 1 and position_ids.shape == (1, length) == (1, key.shape[2]):
+        return _recent.get(position_ids, _batch_from_position_ids)
+    return None
+
+
+def _window_size(sliding_window: int | None, causal: bool, max_seqlen: int | None) -> tuple[int, int]:
+    """Windows as the library counts them: causal with the token itself; bidirectional without, on each side."""
+    if sliding_window is None or (max_seqlen is not None and sliding_window >= max_seqlen):
+        return (-1, -1)
+    return (sliding_window - 1, 0) if causal else (sliding_window, sliding_window)
+
+
+def uncausal_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs,
+) -> tuple[Tensor, None]:
+    """Attends with the packed kernel; called by transformers for every layer of a model set to "uncausal".
+
+    Args:
+        module: the attention layer; causal unless `is_causal`, `module.is_causal` or its config is false.
+        query: (B, H, L, D).
+        key: (B, HK, L, D), heads not repeated.
+        value: (B, HK, L, DV) with DV <= D.
+        attention_mask: (B, L) bool, true at real tokens, or None.
+        dropout: probability; the library passes 0 outside training.
+        sliding_window: tokens seen to the left (causal) or on either side (bidirectional).
+        s_aux: (H,) attention sinks: a logit per head that takes part in the softmax and carries no value.
+        kwargs: `cu_seq_lens_q`, `cu_seq_lens_k`, `max_length_q`, `position_ids`; our own `layout` (PackedLayout).
+
+    Returns:
+        (B, L, H, DV) and None: attention weights are never formed. Padding positions hold zeros.
+
+    Raises:
+        NotImplementedError: a position bias, a paged cache, or a mask that is not a padding mask.
+    """
+    for name in ("position_bias", "head_mask", "cache", "block_table"):
+        if kwargs.get(name) is not None:
+            raise NotImplementedError(f"uncausal attention does not support {name}; use sdpa or eager")
+    is_causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    causal = bool(is_causal) and getattr(getattr(module, "config", None), "is_causal", True) is not False
+    head_dim, width = query.shape[-1], value.shape[-1]
+    batch = _find_batch(query, key, attention_mask, kwargs)
+    max_seqlen = batch.layout.max_seqlen if batch else key.shape[2]
+    options: dict[str, Any] = dict(
+        dropout_p=dropout,
+        softmax_scale=head_dim**-0.5 if scaling is None else scaling,
+        causal=causal,
+        window_size=_window_size(sliding_window, causal, max_seqlen),
+        softcap=softcap or 0.0,
+        return_attn_probs=s_aux is not None,
+    )
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))  # (B, L, H, D)
+    if width < head_dim:  # multi-head latent attention; the kernel wants one head dimension
+        v = pad(v, (0, head_dim - width))
+    if batch is None:
+        return _with_sinks(flash_attn_func(q, k, v, **options), s_aux)[..., :width], None
+
+    if batch.has_gaps and options["window_size"] != (-1, -1):
+        raise NotImplementedError(
+            "uncausal attention has no sliding window across padding between real tokens"
+        )
+    layout = batch.layout
+    q, k, v = (pack(x, layout)[0] if batch.padded else x.squeeze(0) for x in (q, k, v))  # (T, H, D)
+    lengths = (layout.cu_seqlens, layout.cu_seqlens, max_seqlen, max_seqlen)
+    out = _with_sinks(flash_attn_varlen_func(q, k, v, *lengths, **options, layout=layout), s_aux)[..., :width]
+    return (unpack(out, layout) if batch.padded else out.unsqueeze(0)), None
+
+
+def _with_sinks(result: Any, sinks: Tensor | None) -> Tensor:
+    """Scales each row by exp(lse) / (exp(lse) + exp(sink)): the effect of one more logit in the softmax."""
+    if sinks is None:
+        return result
+    out, lse = result[:2]  # (..., T, H, D), (..., H, T)
+    share = torch.sigmoid(lse.float() - sinks.float()[:, None]).transpose(-1, -2)
+    return out * share.unsqueeze(-1).to(out.dtype)
+
+
+def uncausal_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    *,
+    mask_function: Callable,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    use_vmap: bool = False,
+    config: Any = None,
+    **kwargs,
+) -> Tensor | None:
+    """Hands the padding mask to the attention function; called by transformers once per batch.
+
+    Without a mask function of its own an attention function silently attends padding.
+
+    Returns:
+        (B, L) bool, true at real tokens, or None when nothing is padded.
+
+    Raises:
+        NotImplementedError: the model asks for a pattern other than causal, bidirectional or sliding window.
+    """
+    if use_vmap or "or_masks" in getattr(mask_function, "__qualname__", ""):
+        raise NotImplementedError(
+            "uncausal attention does not support masks with an overlay; use sdpa or eager"
+        )
+    if local_size is not None and local_size != getattr(config, "sliding_window", None):
+        raise NotImplementedError("uncausal attention does not support chunked attention; use sdpa or eager")
+    if attention_mask is None:
+        return None
+    attention_mask = attention_mask[:, -kv_length:]
+    return None if attention_mask.all() else attention_mask
+
+
+AttentionInterface.register(NAME, uncausal_attention)
+AttentionMaskInterface.register(NAME, uncausal_mask)
