@@ -1,0 +1,167 @@
+"""L3Prune (arXiv 2410.14578): keep the first layers of a model, as many as a contrastive loss asks for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from sentence_transformers.util import batch_to_device
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+if TYPE_CHECKING:
+    from uncausal.encoder.model import Encoder
+
+FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f", "final_norm")
+
+
+class Depths(NamedTuple):
+    """The two depths of L3Prune, in layers kept."""
+
+    small: int
+    large: int
+
+
+def layer_losses(
+    encoder: Encoder,
+    triplets: Sequence[Sequence[str]],
+    *,
+    batch_size: int = 64,
+    temperature: float = 0.02,
+    show_progress_bar: bool = True,
+) -> list[float]:
+    """Return the contrastive loss after every layer, all layers in one pass without gradients.
+
+    After each layer come the final norm and the encoder's pooling; the loss is InfoNCE on cosines with
+    in-batch negatives and, where given, each anchor's hard negatives.
+
+    Args:
+        encoder: the encoder, at full depth.
+        triplets: (anchor, positive) or (anchor, positive, negative, ...) texts, all of one length; the paper
+            uses about 6,400.
+        batch_size: anchors a batch; the last incomplete batch is left out unless it is the only one.
+        temperature: of the softmax.
+        show_progress_bar: draw a bar over the batches.
+
+    Returns:
+        One mean loss per layer, first layer first.
+    """
+    if not triplets:
+        raise ValueError("layer_losses needs at least one (anchor, positive[, negative]) row")
+    layers = decoder_layers(encoder.backbone)
+    norm, pooling = final_norm(encoder.backbone), encoder[1]
+    features: dict[str, Any] = {}
+    embeddings: list[Tensor] = []
+
+    def pool(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        hidden = output[0] if isinstance(output, tuple) else output
+        embeddings.append(pooling({**features, "token_embeddings": norm(hidden)})["sentence_embedding"])
+
+    batches = [triplets[i : i + batch_size] for i in range(0, len(triplets), batch_size)]
+    if len(batches) > 1 and len(batches[-1]) < batch_size:
+        batches.pop()
+    losses = torch.zeros(len(layers), dtype=torch.float64)
+    handles = [layer.register_forward_hook(pool) for layer in layers]
+    encoder.eval()
+    try:
+        with torch.inference_mode():
+            for rows in tqdm(batches, desc="Layer losses", unit="batch", disable=not show_progress_bar):
+                columns: list[list[Tensor]] = []
+                for texts in zip(*rows, strict=True):
+                    embeddings.clear()
+                    features.clear()
+                    features.update(batch_to_device(encoder.preprocess(list(texts)), encoder.device))
+                    encoder[0](dict(features))
+                    columns.append(list(embeddings))
+                losses += torch.tensor(
+                    [_info_nce(layer, temperature) for layer in zip(*columns, strict=True)]
+                )
+    finally:
+        for handle in handles:
+            handle.remove()
+    return (losses / len(batches)).tolist()
+
+
+def l3prune(losses: Sequence[float]) -> Depths:
+    """Return the small and the large depth: the layer of least loss in either half of the model."""
+    if len(losses) < 2:
+        raise ValueError(f"L3Prune needs the losses of at least two layers, got {len(losses)}")
+    middle = len(losses) // 2
+    small = min(range(middle), key=losses.__getitem__) + 1
+    large = min(range(middle, len(losses)), key=losses.__getitem__) + 1
+    return Depths(small, large)
+
+
+def depth_from_fraction(num_layers: int, fraction: float) -> int:
+    """Return the layers kept when `fraction` of `num_layers` is dropped: int(N (1 - p))."""
+    if not 0 <= fraction < 1:
+        raise ValueError(f"the fraction of layers to drop must be in [0, 1), got {fraction}")
+    return max(1, math.floor(num_layers * (1 - fraction) + 1e-9))
+
+
+def prune_layers(model: nn.Module, num_layers: int) -> nn.Module:
+    """Keep the first `num_layers` decoder layers of a headless Hugging Face model, in place.
+
+    Every per-layer list of the configuration (`layer_types`, ...) is cut as well, or it could not be saved.
+
+    Raises:
+        ValueError: `num_layers` is not between 1 and the model's depth.
+    """
+    layers = decoder_layers(model)
+    depth = len(layers)
+    if not 1 <= num_layers <= depth:
+        raise ValueError(f"cannot keep {num_layers} layers: the model has {depth}")
+    del layers[num_layers:]
+    config: Any = model.config
+    config = config.get_text_config()
+    names = {config.attribute_map.get("num_hidden_layers", "num_hidden_layers"): num_layers}
+    for name, value in vars(config).items():
+        if isinstance(value, list) and len(value) == depth:
+            names[name] = value[:num_layers]
+    for name, value in names.items():
+        setattr(config, name, value)
+    return model
+
+
+def plot_layer_losses(
+    losses: Sequence[float], depths: Depths, path: str | Path, kept: int | None = None
+) -> None:
+    """Save the curve of losses over depth with both of L3Prune's choices marked."""
+    from matplotlib.figure import Figure
+
+    axes = (figure := Figure(figsize=(7, 4), layout="constrained")).subplots()
+    axes.plot(range(1, len(losses) + 1), losses, marker="o", markersize=3)
+    for name, depth, color in (("small", depths.small, "tab:green"), ("large", depths.large, "tab:orange")):
+        axes.axvline(depth, color=color, linestyle="--", label=f"{name}: {depth} layers")
+    if kept is not None and kept not in depths:
+        axes.axvline(kept, color="tab:red", linestyle=":", label=f"kept: {kept} layers")
+    axes.set(xlabel="layers kept", ylabel="contrastive loss", title="L3Prune: loss after every layer")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=150)
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """Return the list of decoder layers of a headless Hugging Face model."""
+    config: Any = model.config
+    depth = config.get_text_config().num_hidden_layers
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == depth:
+            return module
+    raise ValueError(f"{type(model).__name__} has no list of {depth} layers to prune")
+
+
+def final_norm(model: nn.Module) -> nn.Module:
+    """Return the norm that follows the last layer, or the identity where the model has none."""
+    owner = next((m for m in model.modules() if decoder_layers(model) in m.children()), model)
+    return next((getattr(owner, name) for name in FINAL_NORMS if hasattr(owner, name)), nn.Identity())
+
+
+def _info_nce(columns: Sequence[Tensor], temperature: float) -> float:
+    anchor, *candidates = [F.normalize(column.float(), dim=-1) for column in columns]
+    logits = anchor @ torch.cat(candidates).T / temperature
+    return F.cross_entropy(logits, torch.arange(len(anchor), device=logits.device)).item()
