@@ -1,0 +1,341 @@
+"""Bidirectional packed attention, O = dropout(softmax(mask(softcap(scale * Q K^T)))) V by sequence and head.
+
+Memory is linear in the tokens: only O and one fp32 log-sum-exp per row are kept, scores live on chip and are
+computed again in backward. Backward uses no atomics, so that two runs give the same bits.
+
+Layout legend: B sequences, T packed tokens, H query heads, HK key heads, G = H / HK, D head dimension.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from uncausal.kernels.attention_torch import (
+    Options,
+    attention_backward,
+    attention_forward,
+    dropout_keep,
+    dropout_threshold,
+    plan_buckets,
+)
+from uncausal.kernels.launch import resolve_backend
+from uncausal.kernels.packing import PackedLayout
+
+
+def _torch_arguments(q, k, cu_seqlens_q, cu_seqlens_k, seed, dropout_p, softmax_scale, left, right, softcap):
+    group, heads = q.shape[1] // k.shape[1], k.shape[1]
+    plan = plan_buckets(tuple(cu_seqlens_q.tolist()), tuple(cu_seqlens_k.tolist()), group, heads, q.device)
+    seed = 0 if seed is None else int(seed)
+    return plan, Options(softmax_scale, left, right, softcap, dropout_p, seed, heads, group)
+
+
+@torch.library.custom_op("uncausal::flash_attn_varlen", mutates_args=())
+def _flash_attn_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    seed: Tensor | None,
+    maps: list[Tensor],
+    dropout_p: float,
+    softmax_scale: float,
+    left: int,
+    right: int,
+    softcap: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    arguments = (cu_seqlens_q, cu_seqlens_k, seed, dropout_p, softmax_scale, left, right, softcap)
+    return attention_forward(q, k, v, *_torch_arguments(q, k, *arguments))
+
+
+@_flash_attn_varlen.register_fake
+def _(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, seed, maps, dropout_p, softmax_scale, left, right, softcap, backend
+):
+    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(
+        q.shape[1], q.shape[0], dtype=lse_dtype
+    )
+
+
+@torch.library.custom_op("uncausal::flash_attn_varlen_backward", mutates_args=())
+def _flash_attn_varlen_backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    seed: Tensor | None,
+    maps: list[Tensor],
+    dropout_p: float,
+    softmax_scale: float,
+    left: int,
+    right: int,
+    softcap: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    arguments = (cu_seqlens_q, cu_seqlens_k, seed, dropout_p, softmax_scale, left, right, softcap)
+    return attention_backward(dout, dlse, q, k, v, out, lse, *_torch_arguments(q, k, *arguments))
+
+
+@_flash_attn_varlen_backward.register_fake
+def _(dout, dlse, q, k, v, *rest):
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+
+
+def _setup_context(ctx, inputs, output):
+    q, k, v, cu_seqlens_q, cu_seqlens_k, seed, maps, *options = inputs
+    ctx.save_for_backward(q, k, v, *output, cu_seqlens_q, cu_seqlens_k, seed, *maps)
+    ctx.options = options
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dout, dlse):
+    q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, seed, *maps = ctx.saved_tensors
+    if dout is None and dlse is None:
+        return *(None,) * 6, [None] * len(maps), *(None,) * 6
+    dout = torch.zeros_like(out) if dout is None else dout
+    grads = _flash_attn_varlen_backward(
+        dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, seed, maps, *ctx.options
+    )
+    return *grads, None, None, None, [None] * len(maps), *(None,) * 6
+
+
+_flash_attn_varlen.register_autograd(_backward, setup_context=_setup_context)
+
+
+def flash_attn_varlen_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = True,
+    return_attn_probs: bool = False,
+    block_table: Tensor | None = None,
+    *,
+    layout: PackedLayout | tuple[PackedLayout, PackedLayout] | None = None,
+    dropout_seed: Tensor | int | None = None,
+    backend: str = "auto",
+):
+    """Attend within each sequence of a packed batch, in both directions unless a window says otherwise.
+
+    Args:
+        q: (T, H, D) packed queries, fp16, bf16 or fp32 (fp64 on the torch backend).
+        k, v: (Tk, HK, D) packed keys and values; H is a multiple of HK.
+        cu_seqlens_q, cu_seqlens_k: (B + 1,) int32 offsets of the sequences, from 0 to T and Tk.
+        max_seqlen_q, max_seqlen_k: accepted for compatibility; nothing needs them.
+        dropout_p: probability of dropping a score after softmax, rounded to a multiple of 2^-16.
+        softmax_scale: D ** -0.5 when None.
+        causal: the window (window_size[0], 0).
+        window_size: (left, right) keys visible around the diagonal, -1 for all; where a sequence has other
+            lengths of queries and keys, its last query faces its last key.
+        softcap: cap of the scores, softcap * tanh(score / softcap); 0 for none.
+        alibi_slopes, block_table: not supported.
+        deterministic: accepted for compatibility; backward is always deterministic.
+        return_attn_probs: also return the log-sum-exp.
+        layout: the batch's PackedLayout, or one for the queries and one for the keys: keeps the maps of the
+            kernels.
+        dropout_seed: (1,) int64 tensor or integer that replays a dropout mask; drawn from torch's generator
+            when None.
+        backend: "auto", "triton" or "torch".
+
+    Returns:
+        out (T, H, D); with return_attn_probs (out, lse, None), where lse (H, T) is differentiable, in natural
+        units and -inf for a query without keys, whose output and gradients are zero.
+
+    Raises:
+        NotImplementedError: for an argument that flash-attn has and this function has not.
+        ValueError: for shapes, dtypes or devices that don't fit.
+
+    Source: Dao, FlashAttention-2 (2023), algorithms 1 and 2.
+    """
+    if alibi_slopes is not None:
+        raise NotImplementedError("alibi_slopes is not supported")
+    if block_table is not None:
+        raise NotImplementedError("block_table is not supported")
+    _check_tensors(q, k, v, cu_seqlens_q, cu_seqlens_k)
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
+    left, right = (-1 if w is None or w < 0 else int(w) for w in window_size)
+    right = 0 if causal else right
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
+    seed = _dropout_seed(dropout_p, dropout_seed, q.device)
+    backend = resolve_backend(backend, q)
+    maps: list[Tensor] = []
+    out, lse = _flash_attn_varlen(
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        seed,
+        maps,
+        float(dropout_p),
+        scale,
+        left,
+        right,
+        float(softcap),
+        backend,
+    )
+    return (out, lse, None) if return_attn_probs else out
+
+
+def flash_attn_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = True,
+    return_attn_probs: bool = False,
+    *,
+    dropout_seed: Tensor | int | None = None,
+    backend: str = "auto",
+):
+    """Attend within each sequence of a dense batch; see `flash_attn_varlen_func` for the other arguments.
+
+    Args:
+        q: (B, L, H, D) queries.
+        k, v: (B, Lk, HK, D) keys and values.
+
+    Returns:
+        out (B, L, H, D); with return_attn_probs (out, lse (B, H, L), None).
+    """
+    if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
+        raise ValueError(
+            f"q, k, v must be (B, L, H, D), got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
+        )
+    batch = q.shape[0]
+    cu_q, cu_k = (torch.arange(batch + 1, device=q.device, dtype=torch.int32) * x.shape[1] for x in (q, k))
+    out, lse, _ = flash_attn_varlen_func(
+        q.flatten(0, 1),
+        k.flatten(0, 1),
+        v.flatten(0, 1),
+        cu_q,
+        cu_k,
+        q.shape[1],
+        k.shape[1],
+        dropout_p,
+        softmax_scale,
+        causal,
+        window_size,
+        softcap,
+        alibi_slopes,
+        deterministic,
+        True,
+        dropout_seed=dropout_seed,
+        backend=backend,
+    )
+    out = out.view(q.shape)
+    return (out, lse.unflatten(1, (batch, -1)).transpose(0, 1), None) if return_attn_probs else out
+
+
+def _dropout_seed(dropout_p: float, seed: Tensor | int | None, device: torch.device) -> Tensor | None:
+    if dropout_p == 0:
+        return None
+    if seed is None:
+        return torch.randint(-(2**62), 2**62, (1,), device=device)
+    if isinstance(seed, Tensor):
+        return seed.to(device, torch.int64).view(1)
+    return torch.tensor([seed], dtype=torch.int64, device=device)
+
+
+def _check_tensors(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> None:
+    if (
+        q.dim() != 3
+        or k.dim() != 3
+        or k.shape != v.shape
+        or q.shape[2] != k.shape[2]
+        or q.shape[1] % k.shape[1]
+    ):
+        raise ValueError(
+            "expected q (T, H, D) and k, v (Tk, HK, D) with H a multiple of HK, "
+            f"got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
+        )
+    if not (q.dtype == k.dtype == v.dtype) or not q.is_floating_point():
+        raise ValueError(f"q, k, v must share a floating point dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
+    for name, cu in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        if cu.dim() != 1 or cu.dtype != torch.int32 or len(cu) == 0:
+            raise ValueError(f"{name} must be (B + 1,) int32, got {tuple(cu.shape)} {cu.dtype}")
+    if len(cu_seqlens_q) != len(cu_seqlens_k):
+        raise ValueError(
+            f"cu_seqlens of queries and keys differ in length: {len(cu_seqlens_q)} and {len(cu_seqlens_k)}"
+        )
+    devices = {x.device for x in (q, k, v, cu_seqlens_q, cu_seqlens_k)}
+    if len(devices) > 1:
+        raise ValueError(f"all tensors must be on one device, got {sorted(map(str, devices))}")
+
+
+def flash_attn_varlen_ref(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    dropout_seed: Tensor | int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Specify `flash_attn_varlen_func` in plain torch, in the dtype of q, sequence by sequence.
+
+    Returns:
+        out (T, H, D) and lse (H, T).
+    """
+    group = q.shape[1] // k.shape[1]
+    left, right = window_size[0], 0 if causal else window_size[1]
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    outs, lses = [q[:0]], [q[:0, :, 0].t()]
+    for i in range(len(starts_q) - 1):
+        rows, keys = slice(starts_q[i], starts_q[i + 1]), slice(starts_k[i], starts_k[i + 1])
+        qi = q[rows].transpose(0, 1)  # [H, L, D]
+        ki, vi = (x[keys].transpose(0, 1).repeat_interleave(group, 0) for x in (k, v))  # [H, Lk, D]
+        scores = qi @ ki.mT * scale
+        if softcap > 0:
+            scores = softcap * torch.tanh(scores / softcap)
+        len_q, len_k = scores.shape[1:]
+        offset = (
+            torch.arange(len_k, device=q.device)
+            - torch.arange(len_q, device=q.device)[:, None]
+            - (len_k - len_q)
+        )
+        hidden = torch.zeros_like(offset, dtype=torch.bool)
+        if left >= 0:
+            hidden |= offset < -left
+        if right >= 0:
+            hidden |= offset > right
+        alone = hidden.all(-1)[:, None]  # queries without keys
+        scores = scores.masked_fill(hidden & ~alone, -math.inf)
+        lses.append(scores.logsumexp(-1).masked_fill(alone[:, 0], -math.inf))
+        probs = scores.softmax(-1).masked_fill(alone, 0)
+        if dropout_p > 0:
+            assert dropout_seed is not None
+            tokens = torch.arange(len_q, device=q.device)[None, None] + starts_q[i]
+            heads = torch.arange(q.shape[1], device=q.device)[None, :, None]
+            first = torch.tensor([starts_k[i]], device=q.device)
+            keep = dropout_keep(int(dropout_seed), dropout_p, tokens, heads, first, len_k)[0]
+            probs = probs * keep / (1 - dropout_threshold(dropout_p) / 65536)
+        outs.append((probs @ vi).transpose(0, 1))
+    return torch.cat(outs), torch.cat(lses, 1)
