@@ -1,0 +1,274 @@
+"""InfoNCELoss against sentence-transformers' losses, and masked_next_token_loss against its definition."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.losses import (
+    CachedMultipleNegativesRankingLoss,
+    MatryoshkaLoss,
+    MultipleNegativesRankingLoss,
+)
+from torch import nn
+
+from uncausal.encoder import losses
+from uncausal.encoder.losses import InfoNCELoss, masked_next_token_loss
+
+VOCABULARY, DIM = 50, 16
+
+
+class TinyEncoder(nn.Module):
+    """The smallest first module with token features and dropout, so that random states matter."""
+
+    def __init__(self, dropout: float = 0.3):
+        super().__init__()
+        self.embed = nn.Embedding(VOCABULARY, DIM)
+        self.mlp = nn.Sequential(nn.Dropout(dropout), nn.Linear(DIM, DIM), nn.GELU(), nn.Dropout(dropout))
+
+    def forward(self, features):
+        mask = features["attention_mask"][..., None].to(self.embed.weight.dtype)
+        states = self.mlp(self.embed(features["input_ids"])) * mask
+        features["sentence_embedding"] = states.sum(1) / mask.sum(1)
+        return features
+
+    def get_embedding_dimension(self):
+        return DIM
+
+
+def tiny_model(seed=0, dropout=0.3):
+    torch.manual_seed(seed)
+    return SentenceTransformer(modules=[TinyEncoder(dropout).double()], device="cpu")
+
+
+def batch(columns=2, size=9, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    features = []
+    for _ in range(columns):
+        lengths = torch.randint(1, 8, (size, 1), generator=generator)
+        features.append(
+            {
+                "input_ids": torch.randint(0, VOCABULARY, (size, 7), generator=generator),
+                "attention_mask": (torch.arange(7) < lengths).long(),
+            }
+        )
+    return features
+
+
+def loss_and_gradients(model, loss, columns=2, seed=5, **kwargs):
+    model.zero_grad()
+    torch.manual_seed(seed)
+    features = batch(columns, **kwargs)
+    value = loss(features, torch.zeros(len(features[0]["input_ids"]), dtype=torch.long))
+    value.backward()
+    return value.detach(), [p.grad.clone() for p in model.parameters()]
+
+
+def assert_same(ours, theirs):
+    torch.testing.assert_close(ours[0], theirs[0], rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(ours[1], theirs[1], rtol=1e-8, atol=1e-11)
+
+
+@pytest.mark.parametrize("columns", [2, 3, 5], ids=lambda c: f"columns{c}")
+@pytest.mark.parametrize("symmetric", [False, True], ids=["one-way", "symmetric"])
+def test_info_nce_loss_equals_multiple_negatives_ranking(columns, symmetric):
+    model = tiny_model()
+    directions = ("query_to_doc", "doc_to_query") if symmetric else ("query_to_doc",)
+    theirs = MultipleNegativesRankingLoss(
+        model, scale=20.0, directions=directions, partition_mode="per_direction" if symmetric else "joint"
+    )
+    ours = InfoNCELoss(model, temperature=0.05, symmetric=symmetric)
+    assert_same(loss_and_gradients(model, ours, columns), loss_and_gradients(model, theirs, columns))
+
+
+def test_simcse_loss_curve_equals_multiple_negatives_ranking():
+    """Twenty optimiser steps on the same sentence twice under dropout: the same curve from the same seed."""
+    curves = []
+    for make in (lambda m: InfoNCELoss(m, 0.05), lambda m: MultipleNegativesRankingLoss(m, scale=20.0)):
+        model = tiny_model(seed=3)
+        loss = make(model)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        torch.manual_seed(11)
+        curve = []
+        for step in range(20):
+            (sentences,) = batch(1, size=16, seed=step % 4)
+            value = loss([dict(sentences), dict(sentences)], None)
+            optimizer.zero_grad()
+            value.backward()
+            optimizer.step()
+            curve.append(value.item())
+        curves.append(curve)
+    assert curves[0] == pytest.approx(curves[1], rel=1e-9)
+    assert sum(curves[0][-4:]) < sum(curves[0][:4])
+
+
+@pytest.mark.parametrize("columns", [2, 4], ids=lambda c: f"columns{c}")
+def test_cached_replays_dropout(columns):
+    """Cached ours and cached theirs draw the same masks twice; a wrong replay gives other gradients."""
+    model = tiny_model()
+    ours = InfoNCELoss(model, 0.05, mini_batch_size=4)
+    theirs = CachedMultipleNegativesRankingLoss(model, scale=20.0, mini_batch_size=4)
+    assert_same(loss_and_gradients(model, ours, columns), loss_and_gradients(model, theirs, columns))
+
+
+@pytest.mark.parametrize(
+    "limits", [{"mini_batch_size": 4}, {"mini_batch_size": 4, "mini_batch_num_tokens": 9}]
+)
+def test_cached_equals_uncached_without_dropout(limits):
+    model = tiny_model(dropout=0.0)
+    cached, plain = InfoNCELoss(model, **limits), InfoNCELoss(model)
+    assert_same(loss_and_gradients(model, cached, 3), loss_and_gradients(model, plain, 3))
+
+
+def test_cached_scales_with_the_outer_gradient():
+    """Gradient accumulation divides the loss after the fact; the replayed backward must follow."""
+    model = tiny_model(dropout=0.0)
+    loss = InfoNCELoss(model, mini_batch_size=4)
+    _, whole = loss_and_gradients(model, loss)
+    _, quarter = loss_and_gradients(model, lambda f, labels: loss(f, labels) / 4)
+    torch.testing.assert_close([g / 4 for g in whole], quarter)
+
+
+def test_cached_without_gradients_evaluates():
+    model = tiny_model(dropout=0.0)
+    with torch.no_grad():
+        cached = InfoNCELoss(model, mini_batch_size=4)(batch(), None)
+        plain = InfoNCELoss(model)(batch(), None)
+    assert not cached.requires_grad
+    torch.testing.assert_close(cached, plain)
+
+
+@pytest.mark.parametrize("cached", [False, True], ids=["plain", "cached"])
+def test_composes_with_matryoshka(cached):
+    model = tiny_model()
+    dims, weights = [DIM, 8, 4], [1.0, 0.5, 0.25]
+    size = {"mini_batch_size": 4} if cached else {}
+    theirs_inner = (CachedMultipleNegativesRankingLoss if cached else MultipleNegativesRankingLoss)(
+        model, **size
+    )
+    ours = MatryoshkaLoss(model, InfoNCELoss(model, **size), dims, weights)
+    theirs = MatryoshkaLoss(model, theirs_inner, dims, weights)
+    assert_same(loss_and_gradients(model, ours), loss_and_gradients(model, theirs))
+
+
+def test_own_hard_negatives_without_in_batch():
+    """Each anchor contrasts with its own negatives: cross-entropy over (positive, negative 1, negative 2)."""
+    model = tiny_model(dropout=0.0)
+
+    def expected(features, labels):
+        a, p, n, m = (F.normalize(model(f)["sentence_embedding"], dim=-1) for f in features)
+        logits = torch.stack([(a * x).sum(-1) for x in (p, n, m)], 1) / 0.02
+        return F.cross_entropy(logits, torch.zeros(len(a), dtype=torch.long))
+
+    ours = InfoNCELoss(model, 0.02, in_batch_negatives=False)
+    assert_same(loss_and_gradients(model, ours, 4), loss_and_gradients(model, expected, 4))
+
+
+@pytest.mark.parametrize("hard_negatives", ["shared", "own"])
+def test_labels_as_ids_drop_equal_labels(hard_negatives):
+    """An in-batch positive with the anchor's label is no negative; a hard negative stays one."""
+    model = tiny_model(dropout=0.0)
+    labels = torch.tensor([0, 1, 0, 2, 1, 0, -1, -1, 3])
+    features = batch(3)
+    a, p, n = (F.normalize(model(dict(f))["sentence_embedding"], dim=-1) for f in features)
+    equal = (labels[:, None] == labels) & ~torch.eye(9, dtype=torch.bool)
+    scores = (a @ p.T).masked_fill(equal, -torch.inf)
+    own = (a @ n.T) if hard_negatives == "shared" else (a * n).sum(-1, keepdim=True)
+    expected = F.cross_entropy(torch.cat([scores, own], 1) / 0.05, torch.arange(9))
+    loss = InfoNCELoss(model, hard_negatives=hard_negatives, labels_as_ids=True)
+    torch.testing.assert_close(loss(features, labels), expected)
+
+
+def test_info_nce_loss_rejects():
+    model = tiny_model()
+    with pytest.raises(ValueError, match="temperature > 0"):
+        InfoNCELoss(model, 0.0)
+    with pytest.raises(ValueError, match="'shared' or 'own'"):
+        InfoNCELoss(model, hard_negatives="other")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="mini_batch_size"):
+        InfoNCELoss(model, mini_batch_num_tokens=100)
+    with pytest.raises(ValueError, match="at least the columns"):
+        InfoNCELoss(model)(batch(1), None)
+    with pytest.raises(ValueError, match="one label per anchor"):
+        InfoNCELoss(model, labels_as_ids=True)(batch(2), torch.zeros(3))
+
+
+def mntp_inputs(*shape, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(*shape, DIM, generator=generator, dtype=torch.float64)
+    labels = torch.randint(0, VOCABULARY, shape, generator=generator)
+    labels[torch.rand(shape, generator=generator) < 0.6] = -100
+    weight = torch.randn(VOCABULARY, DIM, generator=generator, dtype=torch.float64)
+    return hidden.requires_grad_(), labels, weight.requires_grad_()
+
+
+def shifted_cross_entropy(hidden, labels, weight, bias=None):
+    logits = F.linear(hidden, weight, bias).float()
+    return F.cross_entropy(
+        logits[..., :-1, :].reshape(-1, VOCABULARY), labels[..., 1:].reshape(-1), ignore_index=-100
+    )
+
+
+@pytest.mark.parametrize("budget", [None, 5], ids=["one-chunk", "chunked"])
+@pytest.mark.parametrize("shape", [(23,), (4, 11), (1, 2)], ids=lambda s: "x".join(map(str, s)))
+def test_masked_next_token_loss_predicts_from_the_position_before(shape, budget, monkeypatch):
+    if budget is not None:
+        monkeypatch.setattr(losses, "_LOGITS_BYTES", budget * 4 * VOCABULARY)
+    hidden, labels, weight = mntp_inputs(*shape)
+    labels[..., 1] = 3  # at least one
+    results = []
+    for f in (
+        lambda: masked_next_token_loss(hidden, labels, weight),
+        lambda: shifted_cross_entropy(hidden, labels, weight),
+    ):
+        loss = f()
+        results.append((loss.detach(), *torch.autograd.grad(loss, (hidden, weight))))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-7)
+
+
+def test_masked_next_token_loss_never_crosses_a_boundary():
+    """Packed: the loss is the token-weighted mean of the sequences' own losses, empty sequences included."""
+    hidden, labels, weight = mntp_inputs(20)
+    labels[[0, 5, 6, 19]] = torch.tensor([1, 2, 3, 4])  # first tokens of sequences, the single token of one
+    cu_seqlens = torch.tensor([0, 5, 5, 6, 19, 20, 20], dtype=torch.int32)
+    before = labels.clone()
+    loss = masked_next_token_loss(hidden, labels, weight, cu_seqlens=cu_seqlens)
+    (gradient,) = torch.autograd.grad(loss, hidden)
+    assert torch.equal(labels, before)
+    total, count = torch.zeros(()), 0
+    for start, end in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True):
+        n = int((labels[start + 1 : end] != -100).sum())
+        if n:
+            total = total + n * shifted_cross_entropy(hidden[start:end], labels[start:end], weight)
+            count += n
+    torch.testing.assert_close(loss, total / count)
+    (expected,) = torch.autograd.grad(total / count, hidden)
+    torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-8)
+    assert not gradient[[4, 5, 18, 19]].any()  # the last positions of sequences predict nothing
+
+
+def test_masked_next_token_loss_bias_softcap_scale_num_items():
+    hidden, labels, weight = mntp_inputs(12)
+    bias = torch.randn(VOCABULARY, dtype=torch.float64)
+    logits = 5 * torch.tanh(F.linear(hidden, weight, bias).float() * 0.5 / 5)
+    expected = F.cross_entropy(logits[:-1], labels[1:], ignore_index=-100, reduction="sum") / 40
+    actual = masked_next_token_loss(
+        hidden, labels, weight, lm_head_bias=bias, logit_scale=0.5, softcap=5.0, num_items=torch.tensor(40)
+    )
+    torch.testing.assert_close(actual, expected)
+
+
+def test_masked_next_token_loss_nothing_masked():
+    hidden, labels, weight = mntp_inputs(2, 6)
+    labels.fill_(-100)
+    labels[:, 0] = 7  # no position before it
+    loss = masked_next_token_loss(hidden, labels, weight)
+    loss.backward()
+    assert loss.item() == 0 and hidden.grad is not None and not hidden.grad.any()
+
+
+def test_masked_next_token_loss_rejects():
+    hidden, labels, weight = mntp_inputs(2, 6)
+    with pytest.raises(ValueError, match=r"\(2, 6, 16\)"):
+        masked_next_token_loss(hidden, labels[:, :5], weight)
+    with pytest.raises(ValueError, match="cu_seqlens"):
+        masked_next_token_loss(hidden, labels, weight, cu_seqlens=torch.tensor([0, 12]))
