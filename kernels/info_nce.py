@@ -12,17 +12,25 @@ Source: van den Oord et al. 2018, arXiv 1807.03748, eq. 4; Inf-CL, arXiv 2410.17
 """
 
 import math
+from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from uncausal.kernels.info_nce_torch import (
-    acc_dtype,
-    info_nce_rows,
-    info_nce_rows_backward,
-    info_nce_sum,
-)
+from uncausal.kernels import info_nce_torch
+from uncausal.kernels.info_nce_ranks import gather_rows, ring_rows, rows_per_rank, sum_over_ranks
+from uncausal.kernels.info_nce_torch import Negatives, Pairs, acc_dtype, sum_and_gradients
+from uncausal.kernels.launch import resolve_backend
+
+
+def _sweeps(backend: str) -> tuple[Callable, Callable]:
+    if backend == "torch":
+        return info_nce_torch.sweep_lse, info_nce_torch.sweep_gradients
+    from uncausal.kernels import info_nce_triton  # Triton exists on Linux alone
+
+    return info_nce_triton.sweep_lse, info_nce_triton.sweep_gradients
 
 
 @torch.library.custom_op("uncausal::info_nce_sum", mutates_args=())
@@ -36,7 +44,7 @@ def _info_nce_sum(
     offset: int,
     margin: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return info_nce_sum(q, k, hard, temperature, row_ids, col_ids, offset, margin)
+    return sum_and_gradients(q, k, hard, temperature, row_ids, col_ids, offset, margin)
 
 
 @_info_nce_sum.register_fake
@@ -75,12 +83,20 @@ def _info_nce_rows(
     offset: int,
     margin: float | None,
     symmetric: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return info_nce_rows(q, k, hard, temperature, row_ids, col_ids, offset, margin, symmetric)
+    pairs = Pairs.of(q, k[offset : offset + len(q)], hard, temperature, margin)
+    negatives = Negatives(row_ids, col_ids, offset, pairs.limit)
+    lse, col_lse = _sweeps(backend)[0](q, k, pairs.temperature, negatives, symmetric)
+    lse = torch.logaddexp(lse, pairs.hard_logits.logsumexp(1))
+    loss = pairs.loss(lse)
+    if col_lse is None:
+        return loss, lse, lse.new_empty(0)
+    return (loss + pairs.loss(col_lse)) / 2, lse, col_lse
 
 
 @_info_nce_rows.register_fake
-def _(q, k, hard, temperature, row_ids, col_ids, offset, margin, symmetric):
+def _(q, k, hard, temperature, row_ids, col_ids, offset, margin, symmetric, backend):
     loss = q.new_empty(len(q), dtype=acc_dtype(q.dtype))
     return loss, torch.empty_like(loss), loss.new_empty(len(q) if symmetric else 0)
 
@@ -97,44 +113,53 @@ def _info_nce_rows_backward(
     offset: int,
     margin: float | None,
     symmetric: bool,
+    backend: str,
     lse: Tensor,
     col_lse: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    grads = info_nce_rows_backward(
-        grad, q, k, hard, temperature, row_ids, col_ids, offset, margin, symmetric, lse, col_lse
-    )
-    dq, dk, dhard, dtemperature = (
-        g.to(x.dtype) for g, x in zip(grads, (q, k, hard, temperature), strict=True)
-    )
-    return dq, dk, dhard, dtemperature
+    own = slice(offset, offset + len(q))
+    pairs = Pairs.of(q, k[own], hard, temperature, margin)
+    negatives = Negatives(row_ids, col_ids, offset, pairs.limit)
+    weight = grad / 2 if symmetric else grad
+    total = torch.logaddexp(lse, pairs.pos)
+    col_total = torch.logaddexp(col_lse, pairs.pos) if symmetric else None
+    dq, dk = _sweeps(backend)[1](q, k, pairs.temperature, negatives, weight, total, col_total)
+    # 1 - p(positive) as a sigmoid keeps its precision when the positive wins by far; p - 1 would not.
+    pos_coef = torch.sigmoid(lse - pairs.pos)
+    if symmetric:
+        pos_coef += torch.sigmoid(col_lse - pairs.pos)
+    hard_coef = torch.exp(pairs.hard_logits - total[:, None]) * weight[:, None]
+    dq, dhard, dtemperature = pairs.gradients(dq, dk[own], pos_coef * weight, hard_coef)
+    return dq.to(q.dtype), dk.to(k.dtype), dhard.to(hard.dtype), dtemperature.to(temperature.dtype)
 
 
 @_info_nce_rows_backward.register_fake
-def _(grad, q, k, hard, temperature, row_ids, col_ids, offset, margin, symmetric, lse, col_lse):
+def _(grad, q, k, hard, temperature, row_ids, col_ids, offset, margin, symmetric, backend, lse, col_lse):
     dq, dk, dhard = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, hard))
     return dq, dk, dhard, torch.empty_like(temperature)
 
 
 def _rows_setup_context(ctx, inputs, output):
-    q, k, hard, temperature, row_ids, col_ids, *ctx.options = inputs
+    *tensors, offset, margin, symmetric, backend = inputs
     _, lse, col_lse = output
+    ctx.options = offset, margin, symmetric, backend
     ctx.mark_non_differentiable(lse, col_lse)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, hard, temperature, row_ids, col_ids, lse, col_lse)
+    ctx.save_for_backward(*tensors, lse, col_lse)
 
 
 def _rows_backward(ctx, grad, *_):
     if grad is None:
-        return (None,) * 9
-    *inputs, lse, col_lse = ctx.saved_tensors
-    grads = _info_nce_rows_backward(grad.contiguous(), *inputs, *ctx.options, lse, col_lse)
-    return *grads, None, None, None, None, None
+        return (None,) * 10
+    *tensors, lse, col_lse = ctx.saved_tensors
+    grads = _info_nce_rows_backward(grad.contiguous(), *tensors, *ctx.options, lse, col_lse)
+    return *grads, None, None, None, None, None, None
 
 
 _info_nce_rows.register_autograd(_rows_backward, setup_context=_rows_setup_context)
 
 
-def _check(query, key, hard_negatives, temperature, ids, symmetric, in_batch_negatives, reduction):
+def _check(query, key, hard_negatives, temperature, ids, symmetric, in_batch_negatives, reduction, exchange):
     if query.ndim != 2 or key.ndim != 2 or query.shape[1] != key.shape[1] or len(key) < len(query):
         raise ValueError(
             "expected query (B, D) and key (M, D) with M >= B, got "
@@ -162,6 +187,8 @@ def _check(query, key, hard_negatives, temperature, ids, symmetric, in_batch_neg
         raise ValueError(f"expected temperature > 0, got {temperature}")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"expected reduction 'mean', 'sum' or 'none', got {reduction!r}")
+    if exchange not in ("all_gather", "ring"):
+        raise ValueError(f"expected exchange 'all_gather' or 'ring', got {exchange!r}")
     if not in_batch_negatives:
         if symmetric:
             raise ValueError(
@@ -182,6 +209,26 @@ def _own_loss(q: Tensor, k: Tensor, hard: Tensor, temperature: Tensor, margin: f
     return F.cross_entropy(torch.cat([pos[:, None], z], 1), target, reduction="none")
 
 
+def _all_rows(q, k, hard, temperature, ids, margin, group, exchange, backend, reduce):
+    """One direction across ranks: loss per local query, or their sum where reduce allows it."""
+    row_ids = None if ids is None else ids[0]
+    if exchange == "ring":
+        col_ids = None if ids is None else ids[1]
+        return ring_rows(q, k, hard, temperature, row_ids, col_ids, margin, group, _sweeps(backend))
+    sizes = rows_per_rank(k, group)
+    offset = sum(sizes[: dist.get_rank(group)])
+    k = gather_rows(k, sizes, group)
+    col_ids = None if ids is None else gather_rows(ids[1], sizes, group)
+    return _one_rank(q, k, hard, temperature, row_ids, col_ids, offset, margin, False, backend, reduce)
+
+
+def _one_rank(q, k, hard, temperature, row_ids, col_ids, offset, margin, symmetric, backend, reduce):
+    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, hard, temperature))
+    if reduce and needs_grad and not symmetric and backend == "torch":
+        return _info_nce_sum(q, k, hard, temperature, row_ids, col_ids, offset, margin)[0]
+    return _info_nce_rows(q, k, hard, temperature, row_ids, col_ids, offset, margin, symmetric, backend)[0]
+
+
 def info_nce(
     query: Tensor,
     key: Tensor,
@@ -194,6 +241,8 @@ def info_nce(
     in_batch_negatives: bool = True,
     normalize: bool = True,
     reduction: str = "mean",
+    group: dist.ProcessGroup | None = None,
+    exchange: str = "all_gather",
     backend: str = "auto",
 ) -> Tensor:
     """In-batch contrastive loss that never holds the B x B logits (arXiv 1807.03748, eq. 4).
@@ -210,6 +259,11 @@ def info_nce(
         in_batch_negatives: False contrasts with the own hard negatives only.
         normalize: scores are cosines; False takes the inner product as it is.
         reduction: "mean", "sum" or "none" (a loss per query).
+        group: contrast with the keys of all its ranks, whose B and M may differ. "mean" and "sum" then run
+            over all queries of all ranks, and gradients equal those of one process holding the concatenated
+            batch (a temperature receives its rank's share). DistributedDataParallel averages gradients: under
+            it, multiply the gradient by the number of ranks, as `InfoNCELoss` does.
+        exchange: "all_gather" (fastest) or "ring" (holds the keys of one other rank at a time).
         backend: "auto", "triton" or "torch".
 
     Returns:
@@ -219,24 +273,53 @@ def info_nce(
         ValueError: shapes or options that do not fit together.
         TypeError: mixed dtypes or devices.
     """
-    _check(query, key, hard_negatives, temperature, ids, symmetric, in_batch_negatives, reduction)
-    hard = query.new_empty(len(query), 0, query.shape[1]) if hard_negatives is None else hard_negatives
-    acc = acc_dtype(query.dtype)
+    _check(query, key, hard_negatives, temperature, ids, symmetric, in_batch_negatives, reduction, exchange)
+    backend = _resolve(backend, query)
+    acc, b = acc_dtype(query.dtype), len(query)
+    hard = query.new_empty(b, 0, query.shape[1]) if hard_negatives is None else hard_negatives
     if isinstance(temperature, Tensor):
-        tau = temperature.reshape(()).to(acc)
+        tau = temperature.reshape(()).to(query.device, acc)
     else:
         tau = torch.full((), temperature, dtype=acc, device=query.device)
-    q, k, hard = (F.normalize(x.to(acc), dim=-1) if normalize else x.to(acc) for x in (query, key, hard))
-    grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, hard, tau))
+    dtype = query.dtype if backend == "triton" else acc
+    q, k, hard = (_prepared(x, normalize, dtype) for x in (query, key, hard))
+    reduce = reduction != "none"
+    row_ids = None if ids is None else ids[:b]
+    if group is not None and dist.get_world_size(group) == 1:
+        group = None
+
     if not in_batch_negatives:
-        rows = _own_loss(q, k, hard, tau, margin)
+        loss = _own_loss(q.to(acc), k.to(acc), hard.to(acc), tau, margin)
+    elif group is None:
+        loss = _one_rank(q, k, hard, tau, row_ids, ids, 0, margin, symmetric, backend, reduce)
     else:
-        row_ids = None if ids is None else ids[: len(query)]
-        if grad and not symmetric and reduction != "none":
-            loss = _info_nce_sum(q, k, hard, tau, row_ids, ids, 0, margin)[0]
-            return loss / len(query) if reduction == "mean" else loss
-        rows = _info_nce_rows(q, k, hard, tau, row_ids, ids, 0, margin, symmetric)[0]
-    return rows.mean() if reduction == "mean" else rows.sum() if reduction == "sum" else rows
+        options = margin, group, exchange, backend, reduce
+        pair_ids = None if ids is None or row_ids is None else (row_ids, ids)
+        loss = _all_rows(q, k, hard, tau, pair_ids, *options)
+        if symmetric:  # the positives' keys as queries, the queries as keys
+            none = q.new_empty(b, 0, q.shape[1])
+            pair_ids = None if row_ids is None else (row_ids, row_ids)
+            loss = (loss + _all_rows(k[:b], q, none, tau, pair_ids, *options)) / 2
+    if not reduce:
+        return loss
+    loss, count = loss.sum(), b
+    if group is not None:
+        loss, count = sum_over_ranks(loss, group), sum(rows_per_rank(query, group))
+    return loss / count if reduction == "mean" else loss
+
+
+def _resolve(backend: str, query: Tensor) -> str:
+    resolved = resolve_backend(backend, query)
+    if resolved == "triton" and query.dtype == torch.float64:
+        if backend == "triton":
+            raise ValueError("backend='triton' takes bf16, fp16 and fp32, got float64")
+        return "torch"
+    return resolved
+
+
+def _prepared(x: Tensor, normalize: bool, dtype: torch.dtype) -> Tensor:
+    # Norms in at least fp32: the epsilon of normalize underflows in fp16.
+    return (F.normalize(x.to(acc_dtype(x.dtype)), dim=-1) if normalize else x).to(dtype)
 
 
 class InfoNCE(nn.Module):

@@ -1,13 +1,16 @@
 """In-batch InfoNCE with torch, chunk by chunk of complete rows; the equations stand in info_nce.py.
 
 A chunk holds complete rows, so its softmax is final at once and one sweep of three matrix products gives the
-loss and both gradients. The symmetric form needs the column statistics first, hence a second sweep.
+loss and both gradients (`sum_and_gradients`). The symmetric form needs the column statistics first, and
+weights per query come from autograd, hence two sweeps (`sweep_lse`, `sweep_gradients`); Triton has them too.
 Positives and hard negatives, O(B K D) work, stay outside the sweep.
 
-Legend: B queries, M >= B keys, K hard negatives, D dimensions; key offset + i is the positive of query i.
+Legend: B queries, M keys, K hard negatives, D dimensions; key offset + i is the positive of query i.
 """
 
+import dataclasses
 import math
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -18,34 +21,29 @@ _CHUNK_ROWS = (128, 1024)  # fewer rows starve the matrix products, more gain no
 _BLOCK_BYTES = 1 << 20  # what one round of elementwise passes works on, to stay in cache
 
 
-def _chunks(num_rows: int, num_columns: int, itemsize: int) -> list[slice]:
-    """Split the rows so that a chunk of logits meets the memory budget."""
-    low, high = _CHUNK_ROWS
-    step = min(max(_CHUNK_BYTES // (num_columns * itemsize), low), high)
-    return [slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step)]
-
-
-def _blocks(z: Tensor) -> list[slice]:
-    step = max(_BLOCK_BYTES // (z.shape[1] * z.element_size()), 1)
-    return [slice(start, min(start + step, len(z))) for start in range(0, len(z), step)]
-
-
 def acc_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums and statistics."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-class _Negatives:
-    """Which in-batch logits are negatives, as in-place masks on a block of rows."""
+@dataclasses.dataclass
+class Negatives:
+    """Which in-batch logits are negatives: not the positive, not of an equal id, not above the limit.
 
-    def __init__(self, pos, temperature, row_ids, col_ids, offset, margin):
-        self.row_ids, self.col_ids, self.offset = row_ids, col_ids, offset
-        # The margin compares scores, so it is divided by the temperature with them.
-        self.limit = None if margin is None else pos + margin / temperature
+    row_ids (B,), col_ids (M,) and limit (B,), the largest logit allowed beside each positive, may be None. An
+    offset of M says that the keys hold no positive.
+    """
+
+    row_ids: Tensor | None
+    col_ids: Tensor | None
+    offset: int
+    limit: Tensor | None
 
     def mask_(self, z: Tensor, start: int) -> Tensor:
         """Put -inf where row start + r and column c are a positive or share an id."""
-        z.diagonal(self.offset + start).fill_(-math.inf)
-        if self.row_ids is not None:
+        if self.offset + start < z.shape[1]:
+            z.diagonal(self.offset + start).fill_(-math.inf)
+        if self.row_ids is not None and self.col_ids is not None:
             same = self.row_ids[start : start + len(z), None] == self.col_ids[None, :]
             z.masked_fill_(same, -math.inf)
         return z
@@ -57,25 +55,78 @@ class _Negatives:
         return z
 
     def mask_columns_(self, z: Tensor) -> Tensor:
-        """Put -inf where a logit exceeds the limit of its column."""
+        """Put -inf where a logit, of the own columns alone, exceeds the limit of its column."""
         return z if self.limit is None else z.masked_fill_(z > self.limit[None, :], -math.inf)
 
 
-def _hard_logits(qs: Tensor, hard: Tensor, limit: Tensor | None) -> Tensor:
-    """(B, D), (B, K, D) -> (B, K), one hard negative at a time: the temporary stays (B, D)."""
-    z = [(qs * hard[:, i]).sum(-1) for i in range(hard.shape[1])]
-    out = torch.stack(z, 1) if z else qs.new_empty(len(qs), 0)
-    return out if limit is None else out.masked_fill(out > limit[:, None], -math.inf)
+@dataclasses.dataclass
+class Pairs:
+    """What does not need the sweep, in the accumulation dtype: own holds the positives' keys (B, D)."""
+
+    qs: Tensor  # (B, D) queries / temperature
+    own: Tensor  # (B, D)
+    hard: Tensor  # (B, K, D)
+    temperature: Tensor
+    pos: Tensor  # (B,) logits of the positives
+    hard_logits: Tensor  # (B, K)
+    limit: Tensor | None  # (B,)
+
+    @classmethod
+    def of(cls, q: Tensor, own: Tensor, hard: Tensor, temperature: Tensor, margin: float | None) -> "Pairs":
+        acc = acc_dtype(q.dtype)
+        temperature = temperature.to(acc)
+        qs, own, hard = q.to(acc) / temperature, own.to(acc), hard.to(acc)
+        pos = (qs * own).sum(-1)
+        # The margin compares scores, so it is divided by the temperature with them.
+        limit = None if margin is None else pos + margin / temperature
+        logits = qs.new_empty(hard.shape[:2])
+        for i in range(hard.shape[1]):  # one by one: the temporary stays (B, D)
+            logits[:, i] = (qs * hard[:, i]).sum(-1)
+        if limit is not None:
+            logits.masked_fill_(logits > limit[:, None], -math.inf)
+        return cls(qs, own, hard, temperature, pos, logits, limit)
+
+    def loss(self, lse: Tensor) -> Tensor:
+        """softplus(lse - pos), from the log-sum-exp of all negatives; exact for tiny and huge arguments."""
+        return -F.logsigmoid(self.pos - lse)
+
+    def gradients(self, dq: Tensor, dk: Tensor, pos_coef: Tensor, hard_coef: Tensor) -> list[Tensor]:
+        """Add the pairs' part to a sweep's gradients, in place; derive the temperature's from the queries'.
+
+        Args:
+            dq: (B, D), per unit of scaled query.
+            dk: (B, D), of the positives' keys.
+            pos_coef: (B,), -dloss / dlogit of the positives.
+            hard_coef: (B, K), dloss / dlogit of the hard negatives.
+
+        Returns:
+            The gradients of queries, hard negatives and temperature.
+        """
+        dq.addcmul_(self.own, pos_coef[:, None], value=-1)
+        dk.addcmul_(self.qs, pos_coef[:, None], value=-1)
+        for i in range(self.hard.shape[1]):
+            dq.addcmul_(self.hard[:, i], hard_coef[:, i, None])
+        dhard = hard_coef[:, :, None] * self.qs[:, None, :]
+        dtemperature = -torch.linalg.vecdot(self.qs, dq).sum() / self.temperature
+        return [dq.div_(self.temperature), dhard, dtemperature]
 
 
-def _setup(q, k, hard, temperature, row_ids, col_ids, offset, margin):
-    """Scale the queries and compute what does not need the sweep, in the accumulation dtype."""
-    acc = acc_dtype(q.dtype)
-    temperature = temperature.to(acc)
-    qs, k, hard = q.to(acc) / temperature, k.to(acc), hard.to(acc)
-    pos = (qs * k[offset : offset + len(qs)]).sum(-1)
-    negatives = _Negatives(pos, temperature, row_ids, col_ids, offset, margin)
-    return qs, k, hard, temperature, pos, negatives, _hard_logits(qs, hard, negatives.limit)
+def _chunks(qs: Tensor, k: Tensor, negatives: Negatives) -> Iterator[tuple[slice, Tensor]]:
+    """Yield chunks of rows and their logits (rows, M), positives and equal ids masked, in a buffer reused."""
+    low, high = _CHUNK_ROWS
+    step = min(max(_CHUNK_BYTES // max(k.element_size() * len(k), 1), low), high)
+    buffer = k.new_empty(min(step, len(qs)), len(k))
+    for start in range(0, len(qs), step):
+        rows = slice(start, min(start + step, len(qs)))
+        z = torch.mm(qs[rows], k.T, out=buffer[: rows.stop - start])
+        yield rows, negatives.mask_(z, start)
+
+
+def _blocks(rows: slice, z: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    step = max(_BLOCK_BYTES // max(z.shape[1] * z.element_size(), 1), 1)
+    for start in range(rows.start, rows.stop, step):
+        stop = min(start + step, rows.stop)
+        yield slice(start, stop), z[start - rows.start : stop - rows.start]
 
 
 def _exp_rows_(z: Tensor) -> tuple[Tensor, Tensor]:
@@ -86,99 +137,79 @@ def _exp_rows_(z: Tensor) -> tuple[Tensor, Tensor]:
     return m, z.sum(1).log_()
 
 
-def _pair_gradients(qs, k, hard, temperature, offset, dq, dk, pos_coef, hard_coef):
-    """Add the positives and the hard negatives to the gradients; derive the temperature's from the queries'.
-
-    dq arrives per unit of scaled query; pos_coef = -dloss/dz_ii, hard_coef = dloss/dz of the hard negatives.
-    """
-    own = slice(offset, offset + len(qs))
-    dq.addcmul_(k[own], pos_coef[:, None], value=-1)
-    dk[own].addcmul_(qs, pos_coef[:, None], value=-1)
-    for i in range(hard.shape[1]):
-        dq.addcmul_(hard[:, i], hard_coef[:, i, None])
-    dhard = hard_coef[:, :, None] * qs[:, None, :]
-    dtemperature = -torch.linalg.vecdot(qs, dq).sum() / temperature
-    return dq.div_(temperature), dk, dhard, dtemperature
-
-
-def info_nce_sum(q, k, hard, temperature, row_ids, col_ids, offset, margin):
-    """Loss summed over the queries and its gradients, in one sweep of three matrix products."""
-    qs, k, hard, temperature, pos, negatives, hard_z = _setup(
-        q, k, hard, temperature, row_ids, col_ids, offset, margin
-    )
-    hard_lse = hard_z.logsumexp(1)
-    lse, dq, dk = torch.empty_like(pos), torch.empty_like(qs), torch.zeros_like(k)
-    chunks = _chunks(len(qs), len(k), k.element_size())
-    buffer = k.new_empty(max((c.stop - c.start for c in chunks), default=0), len(k))
-    for rows in chunks:
-        z = torch.mm(qs[rows], k.T, out=buffer[: rows.stop - rows.start])
-        negatives.mask_(z, rows.start)
-        factor = torch.empty_like(pos[rows])
-        for block in _blocks(z):
-            at = slice(rows.start + block.start, rows.start + block.stop)
-            m, log_sum = _exp_rows_(negatives.mask_rows_(z[block], at.start))
-            torch.logaddexp(m + log_sum, hard_lse[at], out=lse[at])
-            factor[block] = torch.exp(m - torch.logaddexp(lse[at], pos[at]))
-        torch.mm(z, k, out=dq[rows]).mul_(factor[:, None])
-        dk.addmm_(z.T, qs[rows] * factor[:, None])
+def sum_and_gradients(
+    q: Tensor,
+    k: Tensor,
+    hard: Tensor,
+    temperature: Tensor,
+    row_ids,
+    col_ids,
+    offset: int,
+    margin: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Loss summed over the queries, and the gradients of the first four arguments, in one sweep."""
+    k = k.to(acc_dtype(k.dtype))
+    own = slice(offset, offset + len(q))
+    pairs = Pairs.of(q, k[own], hard, temperature, margin)
+    negatives = Negatives(row_ids, col_ids, offset, pairs.limit)
+    lse = pairs.hard_logits.logsumexp(1)
+    dq, dk = torch.empty_like(pairs.qs), torch.zeros_like(k)
+    for rows, z in _chunks(pairs.qs, k, negatives):
+        factor = []  # from exp(z - maximum) to probabilities
+        for at, zb in _blocks(rows, z):
+            m, log_sum = _exp_rows_(negatives.mask_rows_(zb, at.start))
+            lse[at] = torch.logaddexp(lse[at], m + log_sum)
+            factor.append(torch.exp(m - torch.logaddexp(lse[at], pairs.pos[at])))
+        factor = torch.cat(factor)[:, None]
+        torch.mm(z, k, out=dq[rows]).mul_(factor)
+        dk.addmm_(z.T, pairs.qs[rows] * factor)
     # 1 - p(positive) as a sigmoid keeps its precision when the positive wins by far; p - 1 would not.
-    pos_coef = torch.sigmoid(lse - pos)
-    hard_coef = torch.exp(hard_z - torch.logaddexp(lse, pos)[:, None])
-    grads = _pair_gradients(qs, k, hard, temperature, offset, dq, dk, pos_coef, hard_coef)
-    return -F.logsigmoid(pos - lse).sum(), *grads
+    pos_coef = torch.sigmoid(lse - pairs.pos)
+    hard_coef = torch.exp(pairs.hard_logits - torch.logaddexp(lse, pairs.pos)[:, None])
+    dq, dhard, dtemperature = pairs.gradients(dq, dk[own], pos_coef, hard_coef)
+    return pairs.loss(lse).sum(), dq, dk, dhard, dtemperature
 
 
-def info_nce_rows(q, k, hard, temperature, row_ids, col_ids, offset, margin, symmetric):
-    """Loss per query, log-sum-exp of the negatives of every row and, if symmetric, of every own column."""
-    qs, k, hard, temperature, pos, negatives, hard_z = _setup(
-        q, k, hard, temperature, row_ids, col_ids, offset, margin
-    )
-    hard_lse = hard_z.logsumexp(1)
-    lse = torch.empty_like(pos)
-    own = slice(offset, offset + len(qs))
-    col_max = torch.full_like(pos, torch.finfo(pos.dtype).min)
-    col_sum = torch.zeros_like(pos)
-    chunks = _chunks(len(qs), len(k), k.element_size())
-    buffer = k.new_empty(max((c.stop - c.start for c in chunks), default=0), len(k))
-    for rows in chunks:
-        z = torch.mm(qs[rows], k.T, out=buffer[: rows.stop - rows.start])
-        negatives.mask_(z, rows.start)
-        for block in _blocks(z):
-            at = slice(rows.start + block.start, rows.start + block.stop)
+def sweep_lse(
+    q: Tensor, k: Tensor, temperature: Tensor, negatives: Negatives, symmetric: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Log-sum-exp of the in-batch negatives of every query and, if symmetric, of every positive key."""
+    qs, k = q.to(temperature.dtype) / temperature, k.to(temperature.dtype)
+    lse = qs.new_empty(len(qs))
+    own = slice(negatives.offset, negatives.offset + len(qs))
+    col_max, col_sum = torch.full_like(lse, torch.finfo(lse.dtype).min), torch.zeros_like(lse)
+    for rows, z in _chunks(qs, k, negatives):
+        for at, zb in _blocks(rows, z):
             if symmetric:
-                zc = negatives.mask_columns_(z[block, own].clone())
+                zc = negatives.mask_columns_(zb[:, own].clone())
                 m = torch.maximum(col_max, zc.amax(0))
                 col_sum.mul_(torch.exp(col_max - m)).add_(zc.sub_(m).exp_().sum(0))
                 col_max = m
-            m, log_sum = _exp_rows_(negatives.mask_rows_(z[block], at.start))
-            torch.logaddexp(m + log_sum, hard_lse[at], out=lse[at])
-    loss = -F.logsigmoid(pos - lse)
-    if not symmetric:
-        return loss, lse, lse.new_empty(0)
-    col_lse = col_max + col_sum.log()
-    return (loss - F.logsigmoid(pos - col_lse)) / 2, lse, col_lse
+            m, log_sum = _exp_rows_(negatives.mask_rows_(zb, at.start))
+            torch.add(m, log_sum, out=lse[at])
+    return lse, col_max + col_sum.log() if symmetric else None
 
 
-def info_nce_rows_backward(
-    grad, q, k, hard, temperature, row_ids, col_ids, offset, margin, symmetric, lse, col_lse
-):
-    """Gradients of sum_i grad_i loss_i, from the statistics of the forward sweep."""
-    qs, k, hard, temperature, pos, negatives, hard_z = _setup(
-        q, k, hard, temperature, row_ids, col_ids, offset, margin
-    )
-    weight = grad.to(qs.dtype) / (2 if symmetric else 1)
-    own = slice(offset, offset + len(qs))
-    total = torch.logaddexp(lse, pos)
-    col_total = torch.logaddexp(col_lse, pos) if symmetric else None
+def sweep_gradients(
+    q: Tensor,
+    k: Tensor,
+    temperature: Tensor,
+    negatives: Negatives,
+    weight: Tensor,
+    total: Tensor,
+    col_total: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Gradients through the in-batch negatives, of queries / temperature (B, D) and of keys (M, D).
+
+    weight (B,) is the loss gradient of each query's row, and of its positive's column if col_total is given;
+    total and col_total (B,) are the log-sum-exp of all logits, positive included, of that row and column.
+    """
+    qs, k = q.to(temperature.dtype) / temperature, k.to(temperature.dtype)
+    own = slice(negatives.offset, negatives.offset + len(qs))
     dq, dk = torch.empty_like(qs), torch.zeros_like(k)
-    chunks = _chunks(len(qs), len(k), k.element_size())
-    buffer = k.new_empty(max((c.stop - c.start for c in chunks), default=0), len(k))
-    for rows in chunks:
-        z = torch.mm(qs[rows], k.T, out=buffer[: rows.stop - rows.start])
-        negatives.mask_(z, rows.start)
-        for block in _blocks(z):
-            at = slice(rows.start + block.start, rows.start + block.stop)
-            zb, zc = z[block], None
+    for rows, z in _chunks(qs, k, negatives):
+        for at, zb in _blocks(rows, z):
+            zc = None
             if col_total is not None:
                 zc = negatives.mask_columns_(zb[:, own].clone()).sub_(col_total).exp_().mul_(weight)
             negatives.mask_rows_(zb, at.start).sub_(total[at, None]).exp_().mul_(weight[at, None])
@@ -186,8 +217,4 @@ def info_nce_rows_backward(
                 zb[:, own] += zc
         torch.mm(z, k, out=dq[rows])
         dk.addmm_(z.T, qs[rows])
-    pos_coef = torch.sigmoid(lse - pos)
-    if symmetric:
-        pos_coef += torch.sigmoid(col_lse - pos)
-    hard_coef = torch.exp(hard_z - total[:, None]) * weight[:, None]
-    return _pair_gradients(qs, k, hard, temperature, offset, dq, dk, pos_coef * weight, hard_coef)
+    return dq, dk

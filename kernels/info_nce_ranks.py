@@ -1,0 +1,161 @@
+"""In-batch InfoNCE across ranks: the loss of the concatenated batch, ranks holding any number of rows each.
+
+all_gather: every rank holds all keys; one sweep over its own queries; the keys' gradients are summed back.
+ring: every rank holds one foreign block of keys at a time, which travels the ring once for the statistics and
+once, with its gradient, for the backward sweep.
+
+Every rank returns the same loss and calls backward on it; then each input's gradient is the single process's.
+A temperature lives on every rank, so it receives this rank's share: their sum is the whole.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from uncausal.kernels.info_nce_torch import Negatives, Pairs
+
+
+def rows_per_rank(x: Tensor, group: dist.ProcessGroup) -> list[int]:
+    """The number of rows every rank holds."""
+    mine = torch.tensor([len(x)], device=x.device)
+    sizes = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(sizes, mine, group=group)
+    return torch.cat(sizes).tolist()
+
+
+def _gather(x: Tensor, sizes: list[int], group: dist.ProcessGroup) -> Tensor:
+    # Collectives want equal shapes, so blocks travel padded to the longest.
+    padded = x.new_zeros(max(sizes), *x.shape[1:])
+    padded[: len(x)] = x
+    blocks = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(blocks, padded, group=group)
+    return torch.cat([block[:size] for block, size in zip(blocks, sizes, strict=True)])
+
+
+class _Gather(torch.autograd.Function):
+    """Rows of all ranks in rank order; backward sums what all ranks made of this rank's rows."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, sizes: list[int], group: dist.ProcessGroup) -> Tensor:
+        ctx.sizes, ctx.group = sizes, group
+        return _gather(x, sizes, group)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        (grad,) = grads
+        padded = grad.new_zeros(len(ctx.sizes), max(ctx.sizes), *grad.shape[1:])
+        for block, part in zip(padded, grad.split(ctx.sizes), strict=True):
+            block[: len(part)] = part
+        mine = torch.empty_like(padded[0])
+        dist.reduce_scatter_tensor(mine, padded.flatten(0, 1), group=ctx.group)
+        return mine[: ctx.sizes[dist.get_rank(ctx.group)]], None, None
+
+
+def gather_rows(x: Tensor, sizes: list[int], group: dist.ProcessGroup) -> Tensor:
+    """Concatenate the rows of all ranks, with gradients for floating dtypes."""
+    return _Gather.apply(x, sizes, group) if x.is_floating_point() else _gather(x, sizes, group)
+
+
+class _Sum(torch.autograd.Function):
+    """Sum over ranks. Every rank back-propagates the same sum, so backward changes nothing."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        x = x.clone()
+        dist.all_reduce(x, group=group)
+        return x
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return grads[0], None
+
+
+def sum_over_ranks(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Sum a loss over ranks."""
+    return _Sum.apply(x, group)
+
+
+def _pass_on(tensors: list[Tensor], rows: int, group: dist.ProcessGroup) -> list[Tensor]:
+    """Send blocks to the next rank, receive blocks of that many rows from the previous one."""
+    world, rank = dist.get_world_size(group), dist.get_rank(group)
+    after = dist.get_global_rank(group, (rank + 1) % world)
+    before = dist.get_global_rank(group, (rank - 1) % world)
+    received = [x.new_empty(rows, *x.shape[1:]) for x in tensors]
+    exchange = []
+    for x, y in zip(tensors, received, strict=True):
+        exchange += [
+            dist.P2POp(dist.isend, x.contiguous(), after, group),
+            dist.P2POp(dist.irecv, y, before, group),
+        ]
+    for request in dist.batch_isend_irecv(exchange):
+        request.wait()
+    return received
+
+
+class _RingRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, hard, temperature, row_ids, col_ids, margin, sizes, group, sweeps):
+        sweep_lse, _ = sweeps
+        world, rank = len(sizes), dist.get_rank(group)
+        pairs = Pairs.of(q, k[: len(q)], hard, temperature, margin)
+        lse = pairs.hard_logits.logsumexp(1)
+        block = [k] if col_ids is None else [k, col_ids]
+        for step in range(world):
+            keys, ids = block[0], block[1] if len(block) > 1 else None
+            negatives = Negatives(row_ids, ids, 0 if step == 0 else len(keys), pairs.limit)
+            lse = torch.logaddexp(lse, sweep_lse(q, keys, temperature, negatives, False)[0])
+            if step < world - 1:
+                block = _pass_on(block, sizes[(rank - step - 1) % world], group)
+        ctx.save_for_backward(q, k, hard, temperature, row_ids, col_ids, lse)
+        ctx.options = margin, sizes, group, sweeps
+        return pairs.loss(lse)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        q, k, hard, temperature, row_ids, col_ids, lse = ctx.saved_tensors
+        margin, sizes, group, (_, sweep_gradients) = ctx.options
+        world, rank = len(sizes), dist.get_rank(group)
+        pairs = Pairs.of(q, k[: len(q)], hard, temperature, margin)
+        weight, total = grads[0].contiguous(), torch.logaddexp(lse, pairs.pos)
+        dq, dk = torch.zeros_like(pairs.qs), torch.zeros_like(k, dtype=pairs.qs.dtype)
+        block = [dk, k] if col_ids is None else [dk, k, col_ids]
+        for step in range(world):
+            dk, keys, ids = block[0], block[1], block[2] if len(block) > 2 else None
+            negatives = Negatives(row_ids, ids, 0 if step == 0 else len(keys), pairs.limit)
+            parts = sweep_gradients(q, keys, temperature, negatives, weight, total, None)
+            dq += parts[0]
+            dk += parts[1]
+            # After as many hops as ranks a block is home, with what all ranks added to its gradient.
+            block = _pass_on(block, sizes[(rank - step - 1) % world], group)
+        dk = block[0]
+        pos_coef = torch.sigmoid(lse - pairs.pos) * weight
+        hard_coef = torch.exp(pairs.hard_logits - total[:, None]) * weight[:, None]
+        dq, dhard, dtemperature = pairs.gradients(dq, dk[: len(q)], pos_coef, hard_coef)
+        found = (dq, dk, dhard, dtemperature)
+        return *(g.to(x.dtype) for g, x in zip(found, (q, k, hard, temperature), strict=True)), *[None] * 6
+
+
+def ring_rows(
+    q: Tensor,
+    k: Tensor,
+    hard: Tensor,
+    temperature: Tensor,
+    row_ids: Tensor | None,
+    col_ids: Tensor | None,
+    margin: float | None,
+    group: dist.ProcessGroup,
+    sweeps: tuple[Callable, Callable],
+) -> Tensor:
+    """Loss per local query (B,) against the keys of all ranks, of which only one foreign block is held.
+
+    Args:
+        q, k, hard, temperature: this rank's (B, D), (M, D), (B, K, D) and (); key i is query i's positive.
+        row_ids, col_ids: (B,) and (M,), or None.
+        margin: as for `info_nce`.
+        group: the ranks.
+        sweeps: `sweep_lse` and `sweep_gradients` of a backend.
+    """
+    sizes = rows_per_rank(k, group)
+    return _RingRows.apply(q, k, hard, temperature, row_ids, col_ids, margin, sizes, group, sweeps)
