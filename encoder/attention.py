@@ -62,7 +62,7 @@ def _batch_from_mask(mask: Tensor) -> _Batch:
 
 
 def _batch_from_position_ids(position_ids: Tensor) -> _Batch | None:
-    """position_ids: (1, T); one that does not follow its neighbour starts a sequence. None for one sequence."""
+    """position_ids: (1, T); a sequence starts where they do not count on. None when there is only one."""
     starts = (position_ids[0].diff() != 1).nonzero().squeeze(1) + 1
     if not len(starts):
         return None
@@ -112,7 +112,7 @@ def _find_batch(query: Tensor, key: Tensor, mask: Tensor | None, kwargs: dict) -
 
 
 def _window_size(sliding_window: int | None, causal: bool, max_seqlen: int | None) -> tuple[int, int]:
-    """Windows as the library counts them: causal with the token itself; bidirectional without, on each side."""
+    """Windows as the library counts: with the token itself when causal, without it on either side if not."""
     if sliding_window is None or (max_seqlen is not None and sliding_window >= max_seqlen):
         return (-1, -1)
     return (sliding_window - 1, 0) if causal else (sliding_window, sliding_window)
@@ -143,7 +143,7 @@ def uncausal_attention(
         dropout: probability; the library passes 0 outside training.
         sliding_window: tokens seen to the left (causal) or on either side (bidirectional).
         s_aux: (H,) attention sinks: a logit per head that takes part in the softmax and carries no value.
-        kwargs: `cu_seq_lens_q`, `cu_seq_lens_k`, `max_length_q`, `position_ids`; our own `layout` (PackedLayout).
+        kwargs: `cu_seq_lens_q`, `cu_seq_lens_k`, `max_length_q`, `position_ids`, and our own `layout`.
 
     Returns:
         (B, L, H, DV) and None: attention weights are never formed. Padding positions hold zeros.
