@@ -1,5 +1,8 @@
 """Where and how kernels run: the choice of backend, and launch configurations per architecture."""
 
+import functools
+
+import torch
 from torch import Tensor
 
 ARCHS = ("sm80", "sm86", "sm90", "sm100", "sm120", "gfx942", "gfx950")
@@ -31,3 +34,59 @@ def interpreted() -> bool:
     except ImportError:
         return False
     return bool(knobs.runtime.interpret)
+
+
+@functools.cache
+def architecture(device: torch.device) -> str:
+    """Name the architecture of a device as in ARCHS, the nearest older one for a newer; sm80 without a GPU."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return "sm80"
+    if torch.version.hip:
+        return "gfx950" if "gfx950" in torch.cuda.get_device_properties(device).gcnArchName else "gfx942"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major == 8:
+        return "sm80" if minor == 0 else "sm86"
+    return {9: "sm90", 10: "sm100"}.get(major, "sm120" if major > 10 else "sm80")
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """Number of streaming multiprocessors or compute units; 8 without a GPU."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return 8
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+# ---- InfoNCE: BLOCK_M, BLOCK_N, BLOCK_D, num_warps, num_stages. "lse" and "weight" walk D in steps of BLOCK_D;
+# "grad" holds all of D, so its key says up to which D. All compile without spills on their architecture.
+
+_INFO_NCE_WALK = {2: (128, 128, 64, 8, 3), 4: (64, 64, 32, 8, 2)}  # by bytes per element
+_INFO_NCE_GRAD = {
+    ("cuda", 2): {64: (128, 64, 64, 4, 3), 128: (128, 64, 128, 8, 3), 256: (64, 64, 256, 8, 2)},
+    ("sm90", 2): {64: (128, 64, 64, 4, 3), 128: (128, 64, 128, 8, 3), 256: (128, 64, 256, 8, 2)},
+    ("sm100", 2): {64: (128, 64, 64, 4, 3), 128: (128, 64, 128, 8, 3), 256: (128, 64, 256, 8, 2)},
+    ("hip", 2): {64: (64, 32, 64, 4, 2), 128: (64, 32, 128, 4, 2), 256: (64, 32, 256, 4, 2)},
+    ("cuda", 4): {64: (64, 32, 64, 8, 2), 128: (32, 32, 128, 8, 2), 256: (32, 32, 256, 8, 1)},
+    ("hip", 4): {64: (64, 32, 64, 8, 2), 128: (32, 32, 128, 8, 2), 256: (32, 32, 256, 8, 1)},
+}
+
+
+def info_nce_config(kernel: str, d: int, itemsize: int, arch: str) -> dict[str, int]:
+    """Launch configuration of an InfoNCE kernel.
+
+    Args:
+        kernel: "lse", "grad" (D <= 256) or "weight".
+        d: embedding dimension.
+        itemsize: bytes per element, 2 or 4.
+        arch: one of ARCHS.
+    """
+    fits = max(16, 1 << (d - 1).bit_length())
+    if kernel != "grad":
+        block_m, block_n, block_d, num_warps, num_stages = _INFO_NCE_WALK[itemsize]
+        block_d = min(block_d, fits)
+    else:
+        vendor = "hip" if arch.startswith("gfx") else "cuda"
+        table = _INFO_NCE_GRAD.get((arch, itemsize)) or _INFO_NCE_GRAD[vendor, itemsize]
+        block_m, block_n, _, num_warps, num_stages = table[max(fits, 64)]
+        block_d = fits
+    return dict(BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d, num_warps=num_warps, num_stages=num_stages)
