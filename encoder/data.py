@@ -7,12 +7,18 @@ else that is no file is the name of a dataset, `name`, `name:configuration` or `
 import csv
 import gzip
 import json
+import math
 import re
 import sys
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any
+
+import numpy as np
+import torch
+from torch import Tensor
 
 SUFFIXES = (".txt", ".jsonl", ".csv", ".tsv", ".parquet")
 PAIR_COLUMNS = (
@@ -97,6 +103,42 @@ def read_pairs(
         kept = "" if min_score is None else f" with {score_column} >= {min_score}"
         raise DataError(f"{source}: holds no pair{kept}")
     return texts
+
+
+def chunk_texts(
+    texts: Iterable[str], tokenizer: Any, length: int, *, limit: int | None = None, seed: int = 0
+) -> Tensor:
+    """Join tokenised texts and cut them into chunks without padding, for MNTP.
+
+    Args:
+        texts: any number of texts; a list is shuffled, a stream is taken in its order.
+        tokenizer: adds its special tokens to every text.
+        length: tokens per chunk. The remainder at the end is dropped.
+        limit: stop tokenising at so many chunks.
+        seed: of the shuffle.
+
+    Returns:
+        (n, length) int32.
+
+    Raises:
+        ValueError: the texts together are shorter than one chunk.
+    """
+    stream = iter(texts)
+    if isinstance(texts, Sequence):
+        order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed)).tolist()
+        stream = (str(texts[index]) for index in order)
+    wanted, found = math.inf if limit is None else limit * length, 0
+    pieces: list[np.ndarray] = []
+    while found < wanted and (batch := list(islice(stream, 256))):
+        for ids in tokenizer(batch, verbose=False, return_attention_mask=False)["input_ids"]:
+            pieces.append(np.asarray(ids, dtype=np.int32))
+            found += len(ids)
+    if found < length:
+        raise ValueError(
+            f"the text holds {found} tokens, less than one chunk of {length}: add text or cut shorter"
+        )
+    joined = torch.from_numpy(np.concatenate(pieces))
+    return joined[: found - found % length].view(-1, length)[:limit]
 
 
 def read_rows(source: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
