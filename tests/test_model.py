@@ -1,0 +1,253 @@
+"""The encoder: the same vector whatever the batch, order, padding side and attention; saving; bad input."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+from transformers import AutoModel, LlamaConfig, LlamaModel
+
+from uncausal.encoder.model import Encoder, check_not_empty, token_batches
+
+TEXTS = [
+    "A man is playing a guitar.",
+    "Autism is a neurodevelopmental disorder characterized by impaired social interaction, communication and "
+    "restricted and repetitive behavior; parents usually notice signs in the first two years of life.",
+    "Yes",
+    "The cat sat on the mat, and the dog beside it.",
+    "Two words",
+]
+POOLINGS = ["mean", "weighted_mean", "last_token"]
+
+
+@pytest.fixture(scope="module")
+def encoder(smollm2):
+    return Encoder.from_pretrained(smollm2, num_layers=3, device="cpu", dtype="float32")
+
+
+def padded(encoder, texts, side, attention):
+    """Encode with the library alone: padded batches and its own attention."""
+    plain = SentenceTransformer(modules=list(encoder.children()), device="cpu")
+    plain[0].model.set_attn_implementation(attention)
+    plain[0].tokenizer.padding_side = side
+    try:
+        with encoder.padded():
+            return plain.encode(texts)
+    finally:
+        plain[0].model.set_attn_implementation("uncausal")
+        plain[0].tokenizer.padding_side = "right"
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_encode_is_the_same_however_it_is_batched(encoder, pooling):
+    encoder.set_pooling(pooling)
+    vectors = encoder.encode(TEXTS)
+    alone = np.stack([encoder.encode(text) for text in TEXTS])
+    turned = encoder.encode(TEXTS[::-1], batch_tokens=16)[::-1]
+    assert vectors.std(axis=0).min() > 0, "the texts must differ for this test to mean anything"
+    np.testing.assert_allclose(alone, vectors, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(turned, vectors, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize("attention", ["eager", "sdpa", "uncausal"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_encode_agrees_with_padded_batches_on_both_sides(encoder, pooling, attention, side):
+    """Regression: public code pooled padding, and left padding moved every vector."""
+    encoder.set_pooling(pooling)
+    np.testing.assert_allclose(
+        padded(encoder, TEXTS, side, attention), encoder.encode(TEXTS), rtol=0, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_prompt_is_attended_but_not_pooled(encoder, pooling):
+    encoder.set_pooling(pooling)
+    prompt = "Retrieve a duplicate question:\n"
+    vector = encoder.encode(TEXTS[0], prompt=prompt)
+    assert np.abs(vector - encoder.encode(TEXTS[0])).max() > 1e-2, "the prompt was not attended"
+    ids = encoder.tokenizer(prompt + TEXTS[0], return_tensors="pt")["input_ids"]
+    skipped = len(encoder.tokenizer(prompt)["input_ids"])
+    with torch.inference_mode():
+        hidden = encoder.backbone(ids).last_hidden_state[0].double()
+    weights = torch.arange(1, len(hidden) + 1).double()[:, None]
+    weights = {
+        "mean": weights * 0 + 1,
+        "weighted_mean": weights,
+        "last_token": (weights == len(hidden)).double(),
+    }
+    weight = weights[pooling][skipped:]
+    expected = (hidden[skipped:] * weight).sum(0) / weight.sum()
+    np.testing.assert_allclose(vector, expected.numpy(), rtol=0, atol=1e-4)
+
+
+def test_packed_documents_do_not_see_each_other(encoder):
+    encoder.set_pooling("mean")
+    first = encoder.encode([TEXTS[0], TEXTS[1]], batch_tokens=4096)[0]
+    second = encoder.encode([TEXTS[0], TEXTS[3]], batch_tokens=4096)[0]
+    np.testing.assert_allclose(first, second, rtol=0, atol=1e-5)
+
+
+def test_pooling_over_nothing_raises(encoder):
+    """Regression: an empty instruction mask once pooled the padding instead of failing."""
+    with pytest.raises(ValueError, match="left to pool"):
+        encoder[0].preprocess(["x"], prompt="word " * 8, max_length=4)
+
+
+@pytest.mark.parametrize("empty", ["", "  \n"])
+def test_empty_text_is_named(encoder, empty):
+    with pytest.raises(ValueError, match="text 1 is empty"):
+        encoder.encode(["something", empty])
+    with pytest.raises(ValueError, match="text 0 is empty"), encoder.padded():
+        encoder.encode([empty])
+
+
+def test_long_texts_are_counted_when_cut(encoder, caplog):
+    encoder.set_pooling("mean")
+    limit, encoder.max_seq_length = encoder.max_seq_length, 12
+    try:
+        exactly = encoder.tokenizer.decode(encoder.tokenizer(TEXTS[1])["input_ids"][:12])
+        encoder.encode([*TEXTS, exactly])
+        assert "2 of 6 texts were longer than 12 tokens" in caplog.text
+        caplog.clear()
+        encoder.encode([exactly])
+        assert not caplog.text
+    finally:
+        encoder.max_seq_length = limit
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_saved_encoder_loads_without_this_package(encoder, tmp_path, pooling):
+    encoder.set_pooling(pooling)
+    path = tmp_path / "encoder"
+    encoder.save_pretrained(str(path))
+    code = (
+        "import json, sys\n"
+        "class Refuse:\n"
+        "    def find_spec(self, name, *rest):\n"
+        "        if name.split('.')[0] == 'uncausal': raise ImportError(name)\n"
+        "sys.meta_path.insert(0, Refuse())\n"
+        "from sentence_transformers import SentenceTransformer\n"
+        "model = SentenceTransformer(sys.argv[1], device='cpu')\n"
+        "print(json.dumps(model.encode(json.loads(sys.argv[2])).tolist()))\n"
+    )
+    command = [sys.executable, "-c", code, str(path), json.dumps(TEXTS)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    vectors = np.array(json.loads(done.stdout.splitlines()[-1]))
+    np.testing.assert_allclose(vectors, encoder.encode(TEXTS), rtol=0, atol=1e-4)
+    again = Encoder.from_pretrained(path, device="cpu", dtype="float32")
+    assert again.packed and again.pooling == pooling and len(again.backbone.layers) == 3
+    np.testing.assert_allclose(again.encode(TEXTS), encoder.encode(TEXTS), rtol=0, atol=1e-5)
+
+
+def test_saved_causal_encoder_stays_causal(smollm2, tmp_path):
+    options = {"device": "cpu", "dtype": "float32"}
+    causal = Encoder.from_pretrained(smollm2, bidirectional=False, num_layers=1, **options)
+    causal.save_pretrained(str(tmp_path / "causal"))
+    again = Encoder.from_pretrained(tmp_path / "causal", **options)
+    np.testing.assert_allclose(again.encode(TEXTS), causal.encode(TEXTS), rtol=0, atol=1e-5)
+    both = Encoder.from_pretrained(tmp_path / "causal", bidirectional=True, **options)
+    assert np.abs(both.encode(TEXTS) - causal.encode(TEXTS)).max() > 1e-2
+
+
+def test_saved_config_is_bidirectional_for_transformers_alone(encoder, tmp_path):
+    """Regression: public conversions produced checkpoints that loaded silently causal."""
+    encoder.save_pretrained(str(tmp_path))
+    for attention in ("eager", "sdpa"):
+        model = AutoModel.from_pretrained(tmp_path, attn_implementation=attention)
+        ids = torch.tensor([[504, 2644, 314, 4025]])
+        changed = ids.clone()
+        changed[0, -1] = 905
+        with torch.inference_mode():
+            difference = model(ids).last_hidden_state[0, 1] - model(changed).last_hidden_state[0, 1]
+        assert difference.abs().max() > 1e-3, attention
+
+
+def test_failed_save_leaves_the_earlier_one(encoder, tmp_path, monkeypatch):
+    path = tmp_path / "encoder"
+    encoder.set_pooling("mean")
+    encoder.save_pretrained(str(path))
+    before = {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
+
+    def full_disk(*_args, **_kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(type(encoder.tokenizer), "save_pretrained", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        encoder.save_pretrained(str(path))
+    assert {file: file.read_bytes() for file in path.rglob("*") if file.is_file()} == before
+    assert [entry.name for entry in tmp_path.iterdir()] == ["encoder"]
+
+
+@pytest.mark.skipif(
+    os.geteuid() == 0 and not os.path.exists("/proc/1/root"), reason="root may write anywhere"
+)
+def test_unwritable_folder_is_an_error(encoder, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(OSError):
+        encoder.save_pretrained(str(tmp_path / "file" / "encoder"))
+
+
+@pytest.mark.parametrize("path", ["./nowhere", "a/b/c"])
+def test_unknown_model_is_named(path):
+    with pytest.raises(FileNotFoundError, match=path):
+        Encoder.from_pretrained(path)
+
+
+def test_unsupported_gguf_is_named(tmp_path):
+    import gguf
+
+    writer = gguf.GGUFWriter(str(tmp_path / "odd.gguf"), "notamodel")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(ValueError, match="odd.gguf.*notamodel"):
+        Encoder.from_pretrained(tmp_path / "odd.gguf")
+
+
+def test_unknown_pooling_is_named(smollm2):
+    with pytest.raises(ValueError, match="'max' is unknown"):
+        Encoder.from_pretrained(smollm2, pooling="max")
+
+
+def test_token_embeddings_have_one_row_a_token(encoder):
+    encoder.set_pooling("mean")
+    hidden = encoder.encode(TEXTS, output_value="token_embeddings")
+    lengths = [len(ids) for ids in encoder.tokenizer(TEXTS)["input_ids"]]
+    assert [len(rows) for rows in hidden] == lengths
+    np.testing.assert_allclose(hidden[0].mean(0), encoder.encode(TEXTS[0]), rtol=0, atol=1e-4)
+
+
+def test_normalize_and_truncate(encoder):
+    encoder.set_pooling("mean")
+    vectors = encoder.encode(TEXTS, truncate_dim=64, normalize_embeddings=True)
+    assert vectors.shape == (len(TEXTS), 64)
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-6)
+
+
+def test_token_batches_respect_the_budget():
+    lengths = [5, 1, 9, 3, 3, 20]
+    batches = token_batches(lengths, 10)
+    assert sorted(i for batch in batches for i in batch) == list(range(6))
+    assert all(sum(lengths[i] for i in batch) <= 10 or len(batch) == 1 for batch in batches)
+    assert len(batches) == 4
+
+
+def test_check_not_empty_accepts_text():
+    check_not_empty(["a", " b "])
+
+
+def test_new_model_without_gguf(tmp_path, smollm2):
+    """A folder of safetensors without sentence-transformers' files is converted as well."""
+    config = LlamaConfig(
+        vocab_size=49152, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
+    )
+    LlamaModel(config).save_pretrained(tmp_path)
+    Encoder.from_pretrained(smollm2, num_layers=1).tokenizer.save_pretrained(tmp_path)
+    encoder = Encoder.from_pretrained(tmp_path, pooling="weighted_mean", normalize=True, dtype="float32")
+    np.testing.assert_allclose(np.linalg.norm(encoder.encode(TEXTS), axis=1), 1, atol=1e-5)
