@@ -16,10 +16,11 @@ def pool_packed(
 
     Args:
         hidden: (T, d) floating, the tokens of all sequences in order; half precision is summed in fp32.
-        cu_seqlens: (B + 1,) integer, cumulative lengths from 0 to T; kept on the CPU they cost no synchronisation.
+        cu_seqlens: (B + 1,) integer, cumulative lengths from 0 to T; kept on the CPU they cost no
+            synchronisation.
         mode: "mean", "weightedmean" (SGPT, arXiv 2202.08904: weights 1, 2, ... by position) or "lasttoken".
-        prompt_lengths: leading tokens of each sequence to leave out, one number or (B,); positions still count
-            from the sequence's own start.
+        prompt_lengths: leading tokens of each sequence to leave out, one number or (B,); positions still
+            count from the sequence's own start.
 
     Returns:
         (B, d) in the dtype of `hidden`.

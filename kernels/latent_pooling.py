@@ -1,0 +1,620 @@
+"""Latent attention pooling (NV-Embed, arXiv 2405.17428): tokens attend to trained latents, an MLP, the mean.
+
+Released form, of a token x and the latents L:
+    x1 = softmax(Wq LN(x) K^T / sqrt(D)) V Wo + x,   K, V = Wkv LN(L)
+    y  = mean over the sequence of  W2 act(W1 LN(x1) + b1) + b2 + x1
+Two rewrites leave y as it is and take two thirds of the arithmetic away:
+    fold   K and V depend on the parameters alone: scores = LN(x) score^T and attention = P value^T
+           with one (H*R, d) and one (d, H*R) matrix.
+    pool   the mean is linear: W2 runs on sequences, not on tokens.
+Without norms and residuals (the article's plain form) W1 folds into the values too: one kernel.
+Memory: no (T, F) activation is stored; backward computes it again, a slab of tokens at a time.
+
+Layout legend: B sequences, T packed tokens, d hidden size, H heads, R latents, D head dimension, F rows of W1
+(with GEGLU the value half, then the gate half). Weights are (out, in), as in nn.Linear.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.flop_counter import register_flop_formula
+
+from uncausal.kernels import latent_pooling_torch as plain
+from uncausal.kernels.latent_pooling_torch import accumulator
+from uncausal.kernels.launch import resolve_backend
+from uncausal.kernels.packing import PackedLayout
+
+NORM_EPS = 1e-5
+
+
+class FoldedLatents(NamedTuple):
+    """What `latent_attention_pool` computes with; `LatentAttentionPooling.fold` makes one."""
+
+    score: Tensor | None  # (H*R, d); None where attention is not folded
+    value: Tensor | None  # (d, H*R); in the plain form (F, H*R), with W1 folded in
+    up: Tensor | None  # (F, d); None in the plain form
+    up_bias: Tensor  # (F,)
+    down: Tensor  # (d, F), gated (d, F / 2)
+    down_bias: Tensor  # (d,)
+    norms: tuple[Tensor, Tensor, Tensor, Tensor] | None  # gain, shift (d,) of attention's input, of the MLP's
+    num_heads: int
+    gated: bool
+    residual: bool
+    final_activation: bool
+
+
+def _norm(gain: Tensor | None, shift: Tensor | None) -> plain.Norm:
+    return None if gain is None or shift is None else (gain, shift, NORM_EPS)
+
+
+# Ops, each with a torch and a Triton implementation. A gradient for an absent norm is empty.
+
+
+@torch.library.custom_op("uncausal::latent_softmax", mutates_args=())
+def _latent_softmax(
+    x: Tensor, gain: Tensor | None, shift: Tensor | None, score: Tensor, num_heads: int, backend: str
+) -> Tensor:
+    """Probabilities (T, H*R) of each token over each head's latents."""
+    return plain.softmax(x, _norm(gain, shift), score, num_heads)
+
+
+@_latent_softmax.register_fake
+def _(x, gain, shift, score, num_heads, backend):
+    return x.new_empty(x.shape[0], score.shape[0])
+
+
+@torch.library.custom_op("uncausal::latent_softmax_backward", mutates_args=())
+def _latent_softmax_backward(
+    dprobs: Tensor,
+    probs: Tensor,
+    x: Tensor,
+    gain: Tensor | None,
+    shift: Tensor | None,
+    score: Tensor,
+    num_heads: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients for x, gain, shift and score."""
+    grads = plain.softmax_backward(dprobs, probs, x, _norm(gain, shift), score, num_heads)
+    return grads.x, grads.gain, grads.shift, grads.weight.to(score.dtype)
+
+
+@_latent_softmax_backward.register_fake
+def _(dprobs, probs, x, gain, shift, score, num_heads, backend):
+    dgain = x.new_empty(0 if gain is None else x.shape[1], dtype=accumulator(x.dtype))
+    return torch.empty_like(x), dgain, torch.empty_like(dgain), torch.empty_like(score)
+
+
+def _softmax_context(ctx, inputs, output):
+    x, gain, shift, score, ctx.num_heads, ctx.backend = inputs
+    ctx.save_for_backward(output, x, gain, shift, score)
+
+
+def _softmax_autograd(ctx, dprobs):
+    dx, dgain, dshift, dscore = _latent_softmax_backward(
+        dprobs, *ctx.saved_tensors, ctx.num_heads, ctx.backend
+    )
+    return dx, *_norm_gradients(ctx.saved_tensors[2], dgain, dshift), dscore, None, None
+
+
+def _norm_gradients(
+    gain: Tensor | None, dgain: Tensor, dshift: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    return (None, None) if gain is None else (dgain.to(gain.dtype), dshift.to(gain.dtype))
+
+
+_latent_softmax.register_autograd(_softmax_autograd, setup_context=_softmax_context)
+
+
+@torch.library.custom_op("uncausal::latent_mlp_pool", mutates_args=())
+def _latent_mlp_pool(
+    x: Tensor,
+    gain: Tensor | None,
+    shift: Tensor | None,
+    up: Tensor,
+    up_bias: Tensor,
+    weights: Tensor,
+    cu_seqlens: Tensor,
+    gated: bool,
+    residual: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """Weighted sums over each sequence of act(W1 LN(x) + b1), and with residual of x itself (else empty)."""
+    return plain.mlp_pool(x, _norm(gain, shift), up, up_bias, weights, cu_seqlens, gated, residual)
+
+
+@_latent_mlp_pool.register_fake
+def _(x, gain, shift, up, up_bias, weights, cu_seqlens, gated, residual, backend):
+    batch, width = cu_seqlens.shape[0] - 1, up.shape[0] // 2 if gated else up.shape[0]
+    return weights.new_empty(batch, width), weights.new_empty((batch, x.shape[1]) if residual else (0,))
+
+
+@torch.library.custom_op("uncausal::latent_mlp_pool_backward", mutates_args=())
+def _latent_mlp_pool_backward(
+    dinner: Tensor,
+    douter: Tensor,
+    x: Tensor,
+    gain: Tensor | None,
+    shift: Tensor | None,
+    up: Tensor,
+    up_bias: Tensor,
+    weights: Tensor,
+    cu_seqlens: Tensor,
+    gated: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients for x, gain, shift, up and up_bias."""
+    norm = _norm(gain, shift)
+    grads, dbias = plain.mlp_pool_backward(dinner, douter, x, norm, up, up_bias, weights, cu_seqlens, gated)
+    return grads.x, grads.gain, grads.shift, grads.weight.to(up.dtype), dbias
+
+
+@_latent_mlp_pool_backward.register_fake
+def _(dinner, douter, x, gain, shift, up, up_bias, weights, cu_seqlens, gated, backend):
+    dgain = x.new_empty(0 if gain is None else x.shape[1], dtype=accumulator(x.dtype))
+    dbias = torch.empty_like(up_bias)
+    return torch.empty_like(x), dgain, torch.empty_like(dgain), torch.empty_like(up), dbias
+
+
+def _mlp_pool_context(ctx, inputs, output):
+    *tensors, ctx.gated, _, ctx.backend = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _mlp_pool_autograd(ctx, dinner, douter):
+    grads = _latent_mlp_pool_backward(dinner, douter, *ctx.saved_tensors, ctx.gated, ctx.backend)
+    dx, dgain, dshift, dup, dbias = grads
+    return dx, *_norm_gradients(ctx.saved_tensors[1], dgain, dshift), dup, dbias, *(None,) * 5
+
+
+_latent_mlp_pool.register_autograd(_mlp_pool_autograd, setup_context=_mlp_pool_context)
+
+
+@torch.library.custom_op("uncausal::latent_plain_pool", mutates_args=())
+def _latent_plain_pool(
+    x: Tensor,
+    score: Tensor,
+    value: Tensor,
+    up_bias: Tensor,
+    weights: Tensor,
+    cu_seqlens: Tensor,
+    num_heads: int,
+    gated: bool,
+    backend: str,
+) -> Tensor:
+    """Weighted sums per sequence of act(softmax(x score^T) value^T + b1)."""
+    return plain.plain_pool(x, score, value, up_bias, weights, cu_seqlens, num_heads, gated)
+
+
+@_latent_plain_pool.register_fake
+def _(x, score, value, up_bias, weights, cu_seqlens, num_heads, gated, backend):
+    return weights.new_empty(cu_seqlens.shape[0] - 1, value.shape[0] // 2 if gated else value.shape[0])
+
+
+def _plain_pool_context(ctx, inputs, output):
+    *tensors, ctx.num_heads, ctx.gated, ctx.backend = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _plain_pool_autograd(ctx, dinner):
+    # The probabilities are R/d of the hidden states: recomputed as a whole, they turn this into the other
+    # ops' backward.
+    x, score, value, up_bias, weights, cu_seqlens = ctx.saved_tensors
+    probs = _latent_softmax(x, None, None, score, ctx.num_heads, ctx.backend)
+    rest = (value, up_bias, weights, cu_seqlens, ctx.gated, ctx.backend)
+    grads = _latent_mlp_pool_backward(dinner, dinner.new_empty(0), probs, None, None, *rest)
+    dprobs, _, _, dvalue, dbias = grads
+    grads = _latent_softmax_backward(dprobs, probs, x, None, None, score, ctx.num_heads, ctx.backend)
+    dx, _, _, dscore = grads
+    return dx, dscore, dvalue, dbias, *(None,) * 5
+
+
+_latent_plain_pool.register_autograd(_plain_pool_autograd, setup_context=_plain_pool_context)
+
+
+# FlopCounterMode does not look into custom ops: tell it the products each one does.
+
+
+@register_flop_formula(torch.ops.uncausal.latent_softmax)
+def _(x, gain, shift, score, *args, out_shape=None, **kwargs) -> int:
+    return 2 * x[0] * score[0] * score[1]
+
+
+@register_flop_formula(torch.ops.uncausal.latent_softmax_backward)
+def _(dprobs, probs, x, gain, shift, score, *args, out_shape=None, **kwargs) -> int:
+    return 4 * x[0] * score[0] * score[1]
+
+
+@register_flop_formula(torch.ops.uncausal.latent_mlp_pool)
+def _(x, gain, shift, up, *args, out_shape=None, **kwargs) -> int:
+    return 2 * x[0] * up[0] * up[1]
+
+
+@register_flop_formula(torch.ops.uncausal.latent_mlp_pool_backward)
+def _(dinner, douter, x, gain, shift, up, *args, out_shape=None, **kwargs) -> int:
+    return 6 * x[0] * up[0] * up[1]
+
+
+@register_flop_formula(torch.ops.uncausal.latent_plain_pool)
+def _(x, score, value, *args, out_shape=None, **kwargs) -> int:
+    return 2 * x[0] * (score[0] * score[1] + value[0] * value[1])
+
+
+def latent_attention_pool(
+    hidden_states: Tensor,
+    cu_seqlens: Tensor,
+    parameters: FoldedLatents,
+    *,
+    token_weights: Tensor | None = None,
+    validate: bool = True,
+    backend: str = "auto",
+) -> Tensor:
+    """Pool packed token states into one vector a sequence with a folded latent attention layer.
+
+    Args:
+        hidden_states: (T, d) floating; products run in this dtype and are accumulated in fp32 (fp64 for
+            fp64).
+        cu_seqlens: (B + 1,) integer, cumulative lengths from 0 to T, on the device of `hidden_states`.
+        parameters: from `LatentAttentionPooling.fold`; gradients reach the layer through it.
+        token_weights: (T,) weights >= 0 of the mean, 0 leaves a token out; None for equal ones. Not
+            differentiated.
+        validate: False skips the check of values in `cu_seqlens` and `token_weights`, and on a GPU its
+            synchronisation.
+        backend: "auto", "triton" or "torch".
+
+    Returns:
+        (B, d) in the dtype of `hidden_states`, not normalised.
+
+    Raises:
+        ValueError: for shapes or lengths that do not fit, or a sequence without a token to pool.
+
+    Source: NV-Embed (arXiv 2405.17428), section 3.2.
+    """
+    weights = _mean_weights(hidden_states, cu_seqlens, token_weights, validate)
+    backend = resolve_backend(backend, hidden_states)
+    p = _cast(parameters, hidden_states.dtype)
+    if p.score is None or p.value is None:
+        raise ValueError("parameters are not folded: LatentAttentionPooling.fold(tokens=None) folds always")
+    if p.score.shape[1] != hidden_states.shape[1]:
+        raise ValueError(f"hidden_states must be (T, {p.score.shape[1]}), got {tuple(hidden_states.shape)}")
+    with torch.autocast(hidden_states.device.type, enabled=False):
+        if p.up is None:
+            x = hidden_states.contiguous()
+            args = (p.score, p.value, p.up_bias, weights, cu_seqlens, p.num_heads, p.gated, backend)
+            return _down(_latent_plain_pool(x, *args), p).to(hidden_states.dtype)
+        gain, shift = p.norms[:2] if p.norms else (None, None)
+        probs = _latent_softmax(hidden_states.contiguous(), gain, shift, p.score, p.num_heads, backend)
+        # A library product with its addition beats a kernel of ours: nothing around it is left to fuse.
+        x = torch.addmm(hidden_states, probs, p.value.T) if p.residual else probs @ p.value.T
+        return _mlp_mean(x, cu_seqlens, p, weights, backend)
+
+
+def _mlp_mean(x: Tensor, cu_seqlens: Tensor, p: FoldedLatents, weights: Tensor, backend: str) -> Tensor:
+    """Mean over each sequence of the MLP (and residual) of x (T, d), what attention left."""
+    assert p.up is not None
+    gain, shift = p.norms[2:] if p.norms else (None, None)
+    if p.final_activation:  # not linear: every token goes through W2
+        z = F.linear(plain.normalise(x, _norm(gain, shift)), p.up, p.up_bias.to(x.dtype))
+        inner = z[:, : z.shape[1] // 2] * F.gelu(z[:, z.shape[1] // 2 :]) if p.gated else F.gelu(z)
+        out = F.gelu(F.linear(inner, p.down.to(x.dtype), p.down_bias.to(x.dtype)))
+        out = (out + x if p.residual else out) * weights[:, None]
+        return torch.segment_reduce(out, "sum", lengths=cu_seqlens.diff().long(), axis=0).to(x.dtype)
+    args = (p.up, p.up_bias, weights, cu_seqlens, p.gated, p.residual, backend)
+    inner, outer = _latent_mlp_pool(x, gain, shift, *args)
+    out = _down(inner, p)
+    return (out + outer if p.residual else out).to(x.dtype)
+
+
+def _down(inner: Tensor, p: FoldedLatents) -> Tensor:
+    return F.linear(inner.to(p.down.dtype), p.down, p.down_bias)
+
+
+def _cast(p: FoldedLatents, dtype: torch.dtype) -> FoldedLatents:
+    """What multiplies tokens in the tokens' dtype, the bias added to sums in the accumulation dtype."""
+    return p._replace(
+        score=None if p.score is None else p.score.to(dtype),
+        value=None if p.value is None else p.value.to(dtype),
+        up=None if p.up is None else p.up.to(dtype),
+        up_bias=p.up_bias.to(accumulator(dtype)),
+        norms=None if p.norms is None else tuple(t.to(dtype) for t in p.norms),
+    )
+
+
+def _mean_weights(
+    hidden_states: Tensor, cu_seqlens: Tensor, token_weights: Tensor | None, validate: bool
+) -> Tensor:
+    """Weights (T,) that sum to one over each sequence, in the accumulation dtype."""
+    tokens = hidden_states.shape[0]
+    if hidden_states.dim() != 2 or cu_seqlens.dim() != 1 or cu_seqlens.device != hidden_states.device:
+        shapes = f"{tuple(hidden_states.shape)} and {tuple(cu_seqlens.shape)} on {cu_seqlens.device}"
+        raise ValueError(f"expected (T, d) and (B + 1,) on {hidden_states.device}, got {shapes}")
+    if token_weights is not None and (token_weights.shape != (tokens,) or token_weights.requires_grad):
+        raise ValueError(
+            f"token_weights must be ({tokens},) without gradient, got {tuple(token_weights.shape)}"
+        )
+    ids = plain.sequence_ids(cu_seqlens, tokens).clamp(0, cu_seqlens.shape[0] - 2)
+    lengths = cu_seqlens.diff().long()
+    dtype = accumulator(hidden_states.dtype)
+    if token_weights is None:
+        weights, total = torch.ones_like(ids, dtype=dtype), lengths.to(dtype)
+    else:
+        weights = token_weights.to(hidden_states.device, dtype)
+        total = weights.new_zeros(len(lengths)).index_add(0, ids, weights)
+    if validate and not torch.compiler.is_compiling():
+        _check_sequences(cu_seqlens, tokens, weights, total)
+    return weights / total[ids]
+
+
+def _check_sequences(cu_seqlens: Tensor, tokens: int, weights: Tensor, total: Tensor) -> None:
+    spans = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == tokens) & (cu_seqlens.diff() >= 0).all()
+    if bool(spans & (weights >= 0).all() & (total > 0).all()):
+        return
+    if not bool(spans):
+        raise ValueError(f"cu_seqlens must rise from 0 to {tokens}, got {cu_seqlens.tolist()}")
+    if not bool((weights >= 0).all()):
+        raise ValueError("token_weights must not be negative")
+    raise ValueError(f"sequence {int((total <= 0).nonzero()[0])} has no token to pool")
+
+
+class LatentAttentionPooling(nn.Module):
+    """NV-Embed's pooling layer, parameters under NV-Embed's names; the released form by default.
+
+    Inference folds once and keeps the result until a parameter changes: an optimizer step,
+        `load_state_dict`, `.to()`
+    and `.train()` are noticed, writing through `parameter.data` is not (call `.train()` and `.eval()` after
+    it). Training folds each step whenever that costs less arithmetic for the tokens at hand.
+
+    Args:
+        hidden_size: d.
+        num_latents: R, rows of the trained `latents`.
+        num_heads: H; the article's form without projections has one.
+        head_dim: D; None means hidden_size, as released.
+        mlp_ratio: width of the MLP over hidden_size.
+        activation: "geglu" (value * gelu(gate), released) or "gelu" (the article).
+        pre_norm: LayerNorm before attention, on the latents, and before the MLP.
+        residual: add the input of attention, and of the MLP, to its output.
+        final_activation: a GeLU after the second linear layer; W2 then runs on every token.
+        project: False uses the latents themselves as keys and values, as the article does.
+        softmax_scale: None means 1 / sqrt(D); the article writes no scale (1.0).
+        backend: "auto", "triton" or "torch".
+
+    Source: NV-Embed (arXiv 2405.17428), section 3.2, and its released weights.
+    """
+
+    cross_attend_blocks: Any  # modules nested in dictionaries, which type checkers cannot follow
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_latents: int = 512,
+        num_heads: int = 8,
+        head_dim: int | None = None,
+        mlp_ratio: int = 4,
+        activation: str = "geglu",
+        pre_norm: bool = True,
+        residual: bool = True,
+        final_activation: bool = False,
+        *,
+        project: bool = True,
+        softmax_scale: float | None = None,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        if activation not in ("geglu", "gelu"):
+            raise ValueError(f"activation must be 'geglu' or 'gelu', got {activation!r}")
+        if not project and (num_heads != 1 or head_dim not in (None, hidden_size)):
+            raise ValueError(f"without projections there is one head of {hidden_size}, got {num_heads}")
+        self.hidden_size, self.num_latents, self.num_heads = hidden_size, num_latents, num_heads
+        self.head_dim = hidden_size if head_dim is None else head_dim
+        self.gated, self.pre_norm, self.residual = activation == "geglu", pre_norm, residual
+        self.final_activation, self.project, self.backend = final_activation, project, backend
+        self.softmax_scale = self.head_dim**-0.5 if softmax_scale is None else softmax_scale
+
+        self.latents = nn.Parameter(torch.randn(num_latents, hidden_size))
+        inner, width = num_heads * self.head_dim, mlp_ratio * hidden_size
+        attend, mlp = nn.ModuleDict(), nn.ModuleDict()
+        if project:
+            attend["fn"] = nn.ModuleDict(
+                {
+                    "to_q": nn.Linear(hidden_size, inner, bias=False),
+                    "to_kv": nn.Linear(hidden_size, 2 * inner, bias=False),
+                    "to_out": nn.Linear(inner, hidden_size, bias=False),
+                }
+            )
+        up = nn.Linear(hidden_size, 2 * width if self.gated else width)
+        # The released MLP is a Sequential whose second entry, the activation, has no parameters.
+        mlp["fn"] = nn.ModuleDict({"net": nn.Sequential(up, nn.Identity(), nn.Linear(width, hidden_size))})
+        if pre_norm:
+            attend["norm"], attend["norm_context"] = nn.LayerNorm(hidden_size), nn.LayerNorm(hidden_size)
+            mlp["norm"] = nn.LayerNorm(hidden_size)
+        self.cross_attend_blocks = nn.ModuleList([attend, mlp])
+        self._cached: tuple[tuple, FoldedLatents] | None = None
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        cu_seqlens: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_weights: Tensor | None = None,
+    ) -> Tensor:
+        """Pool token states, packed (T, d) with `cu_seqlens` or padded (B, L, d), into (B, d).
+
+        Args:
+            hidden_states: floating; with half precision the products run in it, on parameters of any
+                precision.
+            cu_seqlens: (B + 1,) integer, for packed states.
+            attention_mask: (B, L), nonzero where a token counts, for padded states; None for all.
+            token_weights: (T,) or (B, L), weights of the mean.
+
+        Returns:
+            (B, d) in the dtype of `hidden_states`, not normalised.
+
+        Raises:
+            ValueError: for a sequence without a token to pool, or shapes that do not fit.
+        """
+        if hidden_states.dim() == 3:
+            if attention_mask is None:
+                attention_mask = torch.ones_like(hidden_states[..., 0], dtype=torch.bool)
+            layout = PackedLayout.from_mask(attention_mask)
+            cu_seqlens, hidden_states = layout.cu_seqlens, hidden_states.flatten(0, 1)[layout.indices]
+            if token_weights is not None:
+                token_weights = token_weights.flatten()[layout.indices]
+        elif cu_seqlens is None:
+            raise ValueError(f"packed states {tuple(hidden_states.shape)} need cu_seqlens")
+        device_type = hidden_states.device.type
+        if torch.is_autocast_enabled(device_type):
+            hidden_states = hidden_states.to(torch.get_autocast_dtype(device_type))
+        trains = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
+        if not trains:
+            cached: Any = torch.compiler.disable(self._cached_fold)
+            folded: FoldedLatents = cached(hidden_states.dtype)
+        else:
+            with torch.autocast(device_type, enabled=False):
+                folded = self.fold(hidden_states.dtype, hidden_states.shape[0])
+        if folded.score is None:
+            weights = _mean_weights(hidden_states, cu_seqlens, token_weights, True)
+            backend = resolve_backend(self.backend, hidden_states)
+            with torch.autocast(device_type, enabled=False):
+                return _mlp_mean(self._attend(hidden_states), cu_seqlens, folded, weights, backend)
+        options = {"token_weights": token_weights, "backend": self.backend}
+        return latent_attention_pool(hidden_states, cu_seqlens, folded, **options)
+
+    def fold(self, dtype: torch.dtype | None = None, tokens: int | None = None) -> FoldedLatents:
+        """Fold the parameters, in fp32 or wider and differentiably, as far as it pays.
+
+        Args:
+            dtype: of the tokens, and of the matrices that multiply them; None for the parameters' own.
+            tokens: how many will be pooled with this fold; None for so many that folding is free.
+
+        Returns:
+            The folded layer; below the break-even without `score` and `value`.
+        """
+        wide = accumulator(self.latents.dtype)
+        attend, mlp = self.cross_attend_blocks
+        up, _, down = mlp["fn"]["net"]
+        up_weight = up.weight
+        score = value = None
+        plan = self.cheapest_fold(tokens)
+        if plan != "none":
+            score, value = self._fold_attention(wide)
+        if plan == "mlp":
+            value, up_weight = up_weight.to(wide) @ value, None
+        norms = None
+        if self.pre_norm:
+            norms = (attend["norm"].weight, attend["norm"].bias, mlp["norm"].weight, mlp["norm"].bias)
+        folded = FoldedLatents(
+            score=score,
+            value=value,
+            up=up_weight,
+            up_bias=up.bias,
+            down=down.weight,
+            down_bias=down.bias,
+            norms=norms,
+            num_heads=self.num_heads,
+            gated=self.gated,
+            residual=self.residual,
+            final_activation=self.final_activation,
+        )
+        return _cast(folded, dtype or self.latents.dtype)
+
+    def cheapest_fold(self, tokens: int | None = None) -> str:
+        """Choose by counted multiplications what to fold for so many tokens: "none", "attention" or also
+        the "mlp".
+
+        Keys and values are computed either way. On a CPU the measured break-even of a training step lies
+        within a fifth of the counted one (bench_latent_pooling.py, "break-even").
+        """
+        d, latents, inner = self.hidden_size, self.num_latents, self.num_heads * self.head_dim
+        scores, width = self.num_heads * latents, self.cross_attend_blocks[1]["fn"]["net"][0].out_features
+        # (once, per token); without projections attention needs no fold at all
+        costs = {"attention": (2 * d * inner * latents if self.project else 0, 2 * d * scores + d * width)}
+        if self.project:
+            costs["none"] = (0, 2 * inner * (d + latents) + d * width)
+        if not (self.pre_norm or self.residual or self.final_activation):
+            once = costs["attention"][0] + width * d * scores
+            costs["mlp"] = (once, d * scores + scores * width)
+        if tokens is None:
+            return min(costs, key=lambda plan: costs[plan][1])
+        return min(costs, key=lambda plan: costs[plan][0] + tokens * costs[plan][1])
+
+    def _context(self, dtype: torch.dtype) -> Tensor:
+        latents = self.latents.to(dtype)
+        if not self.pre_norm:
+            return latents
+        norm = self.cross_attend_blocks[0]["norm_context"]
+        return F.layer_norm(latents, latents.shape[1:], norm.weight.to(dtype), norm.bias.to(dtype), NORM_EPS)
+
+    def _fold_attention(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Matrices (H*R, d) and (d, H*R) that give scores and attention's output."""
+        context = self._context(dtype)
+        if not self.project:
+            return context * self.softmax_scale, context.T
+        fn, heads = self.cross_attend_blocks[0]["fn"], self.num_heads
+        key, value = F.linear(context, fn["to_kv"].weight.to(dtype)).chunk(2, dim=1)
+        key, value = (t.unflatten(1, (heads, -1)).transpose(0, 1) for t in (key, value))  # (H, R, D)
+        query = fn["to_q"].weight.to(dtype).unflatten(0, (heads, -1))  # (H, D, d)
+        out = fn["to_out"].weight.to(dtype).unflatten(1, (heads, -1)).transpose(0, 1)  # (H, d, D)
+        score = torch.baddbmm(key.new_zeros(()), key, query, beta=0, alpha=self.softmax_scale)  # (H, R, d)
+        return score.flatten(0, 1), torch.bmm(out, value.mT).transpose(0, 1).flatten(1)
+
+    def _attend(self, x: Tensor) -> Tensor:
+        """Attention without folding: cheaper for a training step on few tokens."""
+        attend, dtype = self.cross_attend_blocks[0], x.dtype
+        fn, inner = attend["fn"], x
+        if self.pre_norm:
+            norm = attend["norm"]
+            inner = F.layer_norm(x, x.shape[1:], norm.weight.to(dtype), norm.bias.to(dtype), NORM_EPS)
+        query = F.linear(inner, fn["to_q"].weight.to(dtype))
+        key, value = F.linear(self._context(dtype), fn["to_kv"].weight.to(dtype)).chunk(2, dim=1)
+        query, key, value = (
+            t.unflatten(1, (self.num_heads, -1)).transpose(0, 1) for t in (query, key, value)
+        )
+        out = F.scaled_dot_product_attention(query[None], key[None], value[None], scale=self.softmax_scale)
+        out = F.linear(out[0].transpose(0, 1).flatten(1), fn["to_out"].weight.to(dtype))
+        return out + x if self.residual else out
+
+    def _cached_fold(self, dtype: torch.dtype) -> FoldedLatents:
+        state = (dtype, _optimizer_steps(), *((id(p), p.data_ptr(), _version(p)) for p in self.parameters()))
+        if self._cached is None or self._cached[0] != state:
+            with torch.inference_mode(False), torch.no_grad():
+                self._cached = state, self.fold(dtype)
+        return self._cached[1]
+
+    # A freed parameter's address can be given out again: what replaces storage drops the cache outright.
+
+    def _apply(self, *args, **kwargs):
+        self._cached = None
+        return super()._apply(*args, **kwargs)
+
+    def load_state_dict(self, *args, **kwargs):
+        self._cached = None
+        return super().load_state_dict(*args, **kwargs)
+
+    def train(self, mode: bool = True):
+        self._cached = None
+        return super().train(mode)
+
+
+def _version(parameter: Tensor) -> int:
+    return -1 if parameter.is_inference() else parameter._version
+
+
+@functools.cache
+def _step_counter() -> list[int]:
+    steps = [0]
+
+    def count(*_) -> None:
+        steps[0] += 1
+
+    register_optimizer_step_post_hook(count)
+    return steps
+
+
+def _optimizer_steps() -> int:
+    """Count every optimizer's steps from the first call on: fused optimizers leave a tensor's version as it
+    was."""
+    return _step_counter()[0]
