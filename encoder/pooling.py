@@ -1,7 +1,13 @@
 """Pooling of packed hidden states: mean, weighted mean, last token, and NV-Embed's latent attention layer."""
 
+from typing import Any
+
 import torch
+from sentence_transformers.base.modules.module import Module
 from torch import Tensor
+
+from uncausal.kernels.latent_pooling import LatentAttentionPooling
+from uncausal.kernels.packing import PackedLayout
 
 PACKED_MODES = ("mean", "weightedmean", "lasttoken")
 
@@ -93,3 +99,109 @@ def token_weights(cu_seqlens: Tensor, tokens: int, skipped: Tensor, mode: str = 
     position = torch.arange(tokens, device=cu_seqlens.device) - repeat(starts)
     weights = position + 1 if mode == "weightedmean" else torch.ones_like(position)
     return weights * (position >= repeat(skipped))
+
+
+class LatentPooling(Module):
+    """NV-Embed's latent attention layer as a sentence-transformers module, in the place of `Pooling`.
+
+    It reads `token_embeddings` with `attention_mask`, or packed with `cu_seq_lens_q`, and writes
+    `sentence_embedding`. Its parameters stay in fp32 under a half-precision transformer. Prompt tokens that
+    are left out are not computed either.
+
+    Args:
+        embedding_dimension: d, of the tokens and of the result.
+        pooling_mode: "mean" or "weightedmean" of what the layer makes of each token.
+        include_prompt: False leaves out the prompt's tokens, as NV-Embed trains and runs.
+        released_prompt_mask: with `include_prompt=False`, pool the prompt's last token all the same; the
+            released code counts the instruction without the begin token that stands before it.
+        layer: further arguments of `uncausal.kernels.latent_pooling.LatentAttentionPooling`.
+    """
+
+    config_keys = ["embedding_dimension", "pooling_mode", "include_prompt", "released_prompt_mask", "layer"]
+
+    def __init__(
+        self,
+        embedding_dimension: int,
+        pooling_mode: str = "mean",
+        include_prompt: bool = True,
+        released_prompt_mask: bool = False,
+        layer: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        if pooling_mode not in ("mean", "weightedmean"):
+            raise ValueError(f"pooling_mode must be 'mean' or 'weightedmean', got {pooling_mode!r}")
+        self.embedding_dimension, self.pooling_mode = embedding_dimension, pooling_mode
+        self.include_prompt, self.released_prompt_mask = include_prompt, released_prompt_mask
+        self.layer = dict(layer or {})
+        self.latent_attention_model = LatentAttentionPooling(embedding_dimension, **self.layer)
+
+    def forward(self, features: dict[str, Any], **kwargs) -> dict[str, Any]:
+        """Write `sentence_embedding` (B, d) into the features.
+
+        Raises:
+            ValueError: for a sequence with no token, or none behind its prompt.
+        """
+        hidden, cu_seqlens = _packed(features)
+        skipped = self._prompt_lengths(features)
+        lengths, skipped = checked_lengths(cu_seqlens, hidden.shape[0], skipped)
+        weights = token_weights(cu_seqlens, hidden.shape[0], skipped, self.pooling_mode)
+        if bool(skipped.any()):  # tokens do not see each other here: what is not pooled need not be computed
+            kept = weights > 0
+            hidden, weights = hidden[kept.to(hidden.device)], weights[kept]
+            cu_seqlens = torch.cat([cu_seqlens[:1], (lengths - skipped).cumsum(0).to(cu_seqlens.dtype)])
+        equal = self.pooling_mode == "mean"
+        features["sentence_embedding"] = self.latent_attention_model(
+            hidden, cu_seqlens.to(hidden.device), token_weights=None if equal else weights.to(hidden.device)
+        )
+        return features
+
+    def _prompt_lengths(self, features: dict[str, Any]) -> int | Tensor | None:
+        if self.include_prompt or "prompt_length" not in features:
+            return None
+        # one number when encoding, a tensor of one or of B equal numbers when training
+        lengths = torch.as_tensor(features["prompt_length"])
+        return (lengths - 1).clamp(min=0) if self.released_prompt_mask else lengths
+
+    def get_embedding_dimension(self) -> int:
+        return self.embedding_dimension
+
+    def save(self, output_path: str, *args, safe_serialization: bool = True, **kwargs) -> None:
+        self.save_config(output_path)
+        self.save_torch_weights(output_path, safe_serialization=safe_serialization)
+
+    @classmethod
+    def load(
+        cls,
+        model_name_or_path: str,
+        subfolder: str = "",
+        token: bool | str | None = None,
+        cache_folder: str | None = None,
+        revision: str | None = None,
+        local_files_only: bool = False,
+        **kwargs,
+    ) -> "LatentPooling":
+        where: dict[str, Any] = {
+            "subfolder": subfolder,
+            "token": token,
+            "cache_folder": cache_folder,
+            "revision": revision,
+            "local_files_only": local_files_only,
+        }
+        module = cls(**cls.load_config(model_name_or_path, **where))
+        if cls.load_file_path(model_name_or_path, filename="model.safetensors", **where) is None:
+            raise ValueError(
+                f"no model.safetensors in {model_name_or_path}/{subfolder}: nothing is unpickled"
+            )
+        cls.load_torch_weights(model_name_or_path, model=module, **where)
+        return module
+
+
+def _packed(features: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Token states (T, d) and their cumulative lengths, from packed or from padded features."""
+    hidden, mask = features["token_embeddings"], features.get("attention_mask")
+    if "cu_seq_lens_q" in features:
+        return hidden.flatten(0, -2), features["cu_seq_lens_q"]
+    if mask is None or mask.shape[-1] != hidden.shape[1]:
+        mask = torch.ones(hidden.shape[:-1], device=hidden.device, dtype=torch.bool)
+    layout = PackedLayout.from_mask(mask)
+    return hidden.flatten(0, 1)[layout.indices], layout.cu_seqlens

@@ -1,10 +1,16 @@
 """Packed pooling against sentence-transformers' own on padded states, and the latent attention module."""
 
+from typing import Any
+
 import pytest
 import torch
+import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
 from sentence_transformers.sentence_transformer.modules import Pooling
+from transformers import LlamaConfig, LlamaModel
 
-from uncausal.encoder.pooling import pool_packed
+from uncausal.encoder.pooling import LatentPooling, pool_packed
+from uncausal.kernels.latent_pooling import LatentAttentionPooling
 
 LENGTHS = [[7], [1, 64, 5], [31, 2, 1, 129]]
 BOUND = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 2**-8}
@@ -63,3 +69,112 @@ def test_pool_packed_names_the_empty_sequence():
         pool_packed(hidden, torch.tensor([0, 3]), "mean")
     with pytest.raises(ValueError, match="mode"):
         pool_packed(hidden, torch.tensor([0, 5]), "middle")
+
+
+SMALL: Any = {"num_latents": 8, "num_heads": 2, "mlp_ratio": 2}
+
+
+def tiny_llama() -> Any:
+    torch.manual_seed(0)
+    sizes: Any = {
+        "hidden_size": 24,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    return LlamaModel(LlamaConfig(vocab_size=100, **sizes)).eval()
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("mode", ["mean", "weightedmean"])
+def test_latent_pooling_reads_packed_and_padded(side, mode):
+    pooling = LatentPooling(24, mode, include_prompt=False, layer=SMALL).double().eval()
+    hidden, cu_seqlens, padded, mask = packed_and_padded([5, 4, 30], torch.float64, side)
+    rows = [hidden[i:j] for i, j in zip(cu_seqlens[:-1], cu_seqlens[1:], strict=True)]
+    layer = pooling.latent_attention_model
+    for prompt in (0, 3):
+        position = [torch.arange(prompt, len(r)) + 1.0 if mode == "weightedmean" else None for r in rows]
+        want = [
+            layer(row[prompt:], torch.tensor([0, len(row) - prompt]), token_weights=weight)
+            for row, weight in zip(rows, position, strict=True)
+        ]
+        extra: Any = {"prompt_length": torch.tensor([prompt])} if prompt else {}
+        for states in (hidden, hidden[None]):
+            features = {"token_embeddings": states, "cu_seq_lens_q": cu_seqlens, **extra}
+            torch.testing.assert_close(pooling(features)["sentence_embedding"], torch.cat(want))
+        features = {"token_embeddings": padded, "attention_mask": mask, **extra}
+        torch.testing.assert_close(pooling(features)["sentence_embedding"], torch.cat(want))
+
+
+def test_latent_pooling_released_prompt_mask():
+    """The released mask forgets the begin token, so that the prompt's last token is pooled."""
+    hidden, cu_seqlens, _, _ = packed_and_padded([9, 4], torch.float64)
+    exact = LatentPooling(24, include_prompt=False, layer=SMALL).double()
+    released = LatentPooling(24, include_prompt=False, released_prompt_mask=True, layer=SMALL).double()
+    released.load_state_dict(exact.state_dict())
+    features = {"token_embeddings": hidden, "cu_seq_lens_q": cu_seqlens}
+    want = exact({**features, "prompt_length": 2})["sentence_embedding"]
+    torch.testing.assert_close(released({**features, "prompt_length": 3})["sentence_embedding"], want)
+
+
+def test_latent_pooling_names_the_sequence_that_is_all_prompt():
+    pooling = LatentPooling(24, include_prompt=False, layer=SMALL)
+    hidden, cu_seqlens, _, _ = packed_and_padded([9, 3], torch.float32)
+    with pytest.raises(ValueError, match="sequence 1 has no token.*3 of them prompt"):
+        pooling({"token_embeddings": hidden, "cu_seq_lens_q": cu_seqlens, "prompt_length": 3})
+
+
+def test_latent_pooling_saves_and_loads(tmp_path):
+    pooling = LatentPooling(24, "weightedmean", include_prompt=False, layer={**SMALL, "activation": "gelu"})
+    pooling.save(str(tmp_path))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    again = LatentPooling.load(str(tmp_path))
+    hidden, cu_seqlens, _, _ = packed_and_padded([9, 3], torch.float32)
+    features = {"token_embeddings": hidden, "cu_seq_lens_q": cu_seqlens, "prompt_length": 1}
+    got = again(dict(features))["sentence_embedding"]
+    torch.testing.assert_close(got, pooling(dict(features))["sentence_embedding"], rtol=0, atol=0)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(pooling.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="nothing is unpickled"):
+        LatentPooling.load(str(tmp_path))
+
+
+def test_five_lines_on_any_transformers_model():
+    ids, mask = torch.randint(0, 100, (3, 12)), torch.ones(3, 12, dtype=torch.long)
+    mask[0, 5:] = 0
+    model = tiny_llama()
+    pooling = LatentAttentionPooling(model.config.hidden_size, num_latents=16, num_heads=2)
+    hidden = model(input_ids=ids, attention_mask=mask).last_hidden_state
+    vectors = F.normalize(pooling(hidden, attention_mask=mask), dim=-1)
+    vectors.square().sum().backward()
+
+    ids[0, 5:] = 0  # what is masked plays no part
+    hidden = model(input_ids=ids, attention_mask=mask).last_hidden_state
+    torch.testing.assert_close(F.normalize(pooling(hidden, attention_mask=mask), dim=-1), vectors)
+    assert pooling.latents.grad is not None and model.embed_tokens.weight.grad is not None
+
+
+def test_latent_pooling_trains_under_lora():
+    """A bf16 backbone with adapters learns together with a layer whose latents stay in fp32."""
+    backbone = get_peft_model(
+        tiny_llama().to(torch.bfloat16), LoraConfig(target_modules=["q_proj", "v_proj"])
+    )
+    pooling = LatentPooling(24, layer=SMALL)
+    trained = [p for p in [*backbone.parameters(), *pooling.parameters()] if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2)
+    ids = torch.randint(0, 100, (4, 10), generator=torch.Generator().manual_seed(0))
+    target, losses, latents = F.normalize(torch.randn(4, 24), dim=-1), [], pooling.state_dict()
+    before = {name: value.clone() for name, value in latents.items()}
+    for _ in range(20):
+        features = {"token_embeddings": backbone(input_ids=ids).last_hidden_state, "attention_mask": ids >= 0}
+        vectors = F.normalize(pooling(features)["sentence_embedding"].float(), dim=-1)
+        loss = (vectors - target).square().sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss))
+    assert losses[-1] < 0.2 * losses[0]
+    assert all(p.dtype == torch.float32 for p in pooling.parameters())
+    moved = [name for name, value in pooling.state_dict().items() if not torch.equal(value, before[name])]
+    assert moved == list(before)
+    assert any(p.abs().sum() > 0 for n, p in backbone.named_parameters() if "lora_B" in n)
