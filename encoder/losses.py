@@ -1,6 +1,6 @@
 """Training losses: in-batch contrast for sentence-transformers, and masked next token prediction."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from uncausal.kernels.info_nce import info_nce
+from uncausal.kernels.info_nce_prefixes import info_nce_prefixes
 
 _IGNORE = -100
 _LOGITS_BYTES = 256 << 20  # vocabulary logits in memory at a time
@@ -42,6 +43,9 @@ class InfoNCELoss(CachedLossMixin, nn.Module):
         gather_across_devices: contrast against all ranks. Every rank's loss is then that of the concatenated
             batch, and its gradient is scaled so that DistributedDataParallel's mean over ranks is exact.
         exchange: how ranks exchange embeddings, "all_gather" or "ring".
+        matryoshka_dims: also contrast these prefixes of the embeddings (arXiv 2205.13147). Equal to a
+            MatryoshkaLoss around this loss, but on a CPU one pass over the largest prefix serves all.
+        matryoshka_weights: one per prefix, 1 by default.
     """
 
     def __init__(
@@ -59,6 +63,8 @@ class InfoNCELoss(CachedLossMixin, nn.Module):
         mini_batch_num_tokens: int | None = None,
         gather_across_devices: bool = False,
         exchange: Literal["all_gather", "ring"] = "all_gather",
+        matryoshka_dims: Sequence[int] | None = None,
+        matryoshka_weights: Sequence[float] | None = None,
     ):
         super().__init__()
         if not temperature > 0:
@@ -81,6 +87,12 @@ class InfoNCELoss(CachedLossMixin, nn.Module):
         self.mini_batch_num_tokens = mini_batch_num_tokens
         self.gather_across_devices = gather_across_devices
         self.exchange = exchange
+        self.matryoshka_dims = list(matryoshka_dims or [])
+        self.matryoshka_weights = list(matryoshka_weights or [1.0] * len(self.matryoshka_dims))
+        if len(self.matryoshka_weights) != len(self.matryoshka_dims):
+            raise ValueError(
+                f"expected a weight per prefix, got {self.matryoshka_dims} and {self.matryoshka_weights}"
+            )
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None) -> Tensor:
         if self.uses_gradient_cache:
@@ -116,6 +128,19 @@ class InfoNCELoss(CachedLossMixin, nn.Module):
                 ids = F.pad(ids.long(), (0, len(key) - len(ids)), value=torch.iinfo(torch.long).min)
         elif negatives:
             hard = torch.stack(negatives, 1)
+        if not self.matryoshka_dims:
+            return self._info_nce(query, key, hard, ids)
+        dims, weights = self.matryoshka_dims, self.matryoshka_weights
+        plain = hard is None and not self.symmetric and self.margin is None and self.normalize
+        if plain and not self.gather_across_devices and key.device.type == "cpu" and torch.is_grad_enabled():
+            return info_nce_prefixes(query, key, dims, weights=weights, temperature=self.temperature, ids=ids)
+        terms = [
+            weight * self._info_nce(query[:, :d], key[:, :d], None if hard is None else hard[..., :d], ids)
+            for d, weight in zip(dims, weights, strict=True)
+        ]
+        return torch.stack(terms).sum()
+
+    def _info_nce(self, query: Tensor, key: Tensor, hard: Tensor | None, ids: Tensor | None) -> Tensor:
         options: dict[str, Any] = {}
         if self.gather_across_devices and dist.is_initialized():
             options = {"group": dist.group.WORLD, "exchange": self.exchange}
@@ -146,7 +171,14 @@ class InfoNCELoss(CachedLossMixin, nn.Module):
             "margin",
             "labels_as_ids",
         )
-        more = ("normalize", "mini_batch_num_tokens", "gather_across_devices", "exchange")
+        more = (
+            "normalize",
+            "mini_batch_num_tokens",
+            "matryoshka_weights",
+            "gather_across_devices",
+            "exchange",
+            "matryoshka_dims",
+        )
         return {n: getattr(self, n) for n in (*names, *more)} | {
             "mini_batch_size": self.mini_batch_size or None
         }

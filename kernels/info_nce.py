@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from uncausal.kernels import info_nce_torch
 from uncausal.kernels.info_nce_ranks import gather_rows, ring_rows, rows_per_rank, sum_over_ranks
-from uncausal.kernels.info_nce_torch import Negatives, Pairs, acc_dtype, sum_and_gradients
+from uncausal.kernels.info_nce_torch import Negatives, Pairs, acc_dtype, as_temperature, sum_and_gradients
 from uncausal.kernels.launch import resolve_backend
 
 
@@ -123,13 +123,8 @@ def _info_nce_rows_backward(
     weight = grad / 2 if symmetric else grad
     total = torch.logaddexp(lse, pairs.pos)
     col_total = torch.logaddexp(col_lse, pairs.pos) if symmetric else None
-    dq, dk = _sweeps(backend)[1](q, k, pairs.temperature, negatives, weight, total, col_total)
-    # 1 - p(positive) as a sigmoid keeps its precision when the positive wins by far; p - 1 would not.
-    pos_coef = torch.sigmoid(lse - pairs.pos)
-    if symmetric:
-        pos_coef += torch.sigmoid(col_lse - pairs.pos)
-    hard_coef = torch.exp(pairs.hard_logits - total[:, None]) * weight[:, None]
-    dq, dhard, dtemperature = pairs.gradients(dq, dk[own], pos_coef * weight, hard_coef)
+    dq, dk, mass = _sweeps(backend)[1](q, k, pairs.temperature, negatives, weight, total, col_total)
+    dq, dhard, dtemperature = pairs.gradients(dq, dk[own], mass, weight, total)
     return dq.to(q.dtype), dk.to(k.dtype), dhard.to(hard.dtype), dtemperature.to(temperature.dtype)
 
 
@@ -209,16 +204,15 @@ def _own_loss(q: Tensor, k: Tensor, hard: Tensor, temperature: Tensor, margin: f
     return F.cross_entropy(torch.cat([pos[:, None], z], 1), target, reduction="none")
 
 
-def _all_rows(q, k, hard, temperature, ids, margin, group, exchange, backend, reduce):
-    """One direction across ranks: loss per local query, or their sum where reduce allows it."""
-    row_ids = None if ids is None else ids[0]
+def _all_ranks(q, k, hard, temperature, row_ids, col_ids, margin, group, exchange, backend, reduce):
+    """One direction across ranks."""
     if exchange == "ring":
-        col_ids = None if ids is None else ids[1]
         return ring_rows(q, k, hard, temperature, row_ids, col_ids, margin, group, _sweeps(backend))
     sizes = rows_per_rank(k, group)
     offset = sum(sizes[: dist.get_rank(group)])
     k = gather_rows(k, sizes, group)
-    col_ids = None if ids is None else gather_rows(ids[1], sizes, group)
+    if col_ids is not None:
+        col_ids = gather_rows(col_ids, sizes, group)
     return _one_rank(q, k, hard, temperature, row_ids, col_ids, offset, margin, False, backend, reduce)
 
 
@@ -275,37 +269,38 @@ def info_nce(
     """
     _check(query, key, hard_negatives, temperature, ids, symmetric, in_batch_negatives, reduction, exchange)
     backend = _resolve(backend, query)
-    acc, b = acc_dtype(query.dtype), len(query)
-    hard = query.new_empty(b, 0, query.shape[1]) if hard_negatives is None else hard_negatives
-    if isinstance(temperature, Tensor):
-        tau = temperature.reshape(()).to(query.device, acc)
-    else:
-        tau = torch.full((), temperature, dtype=acc, device=query.device)
-    dtype = query.dtype if backend == "triton" else acc
-    q, k, hard = (_prepared(x, normalize, dtype) for x in (query, key, hard))
+    hard = query.new_empty(len(query), 0, query.shape[1]) if hard_negatives is None else hard_negatives
+    dtype = query.dtype if backend == "triton" else acc_dtype(query.dtype)
     reduce = reduction != "none"
-    row_ids = None if ids is None else ids[:b]
     if group is not None and dist.get_world_size(group) == 1:
         group = None
-
-    if not in_batch_negatives:
-        loss = _own_loss(q.to(acc), k.to(acc), hard.to(acc), tau, margin)
-    elif group is None:
-        loss = _one_rank(q, k, hard, tau, row_ids, ids, 0, margin, symmetric, backend, reduce)
-    else:
-        options = margin, group, exchange, backend, reduce
-        pair_ids = None if ids is None or row_ids is None else (row_ids, ids)
-        loss = _all_rows(q, k, hard, tau, pair_ids, *options)
-        if symmetric:  # the positives' keys as queries, the queries as keys
-            none = q.new_empty(b, 0, q.shape[1])
-            pair_ids = None if row_ids is None else (row_ids, row_ids)
-            loss = (loss + _all_rows(k[:b], q, none, tau, pair_ids, *options)) / 2
+    with torch.autocast(query.device.type, enabled=False):  # the statistics need their 24 bits
+        tau = as_temperature(temperature, query)
+        q, k, hard = (_prepared(x, normalize, dtype) for x in (query, key, hard))
+        if in_batch_negatives:
+            loss = _in_batch(q, k, hard, tau, ids, margin, symmetric, group, exchange, backend, reduce)
+        else:
+            loss = _own_loss(q.to(tau.dtype), k.to(tau.dtype), hard.to(tau.dtype), tau, margin)
     if not reduce:
         return loss
-    loss, count = loss.sum(), b
+    loss, count = loss.sum(), len(query)
     if group is not None:
         loss, count = sum_over_ranks(loss, group), sum(rows_per_rank(query, group))
     return loss / count if reduction == "mean" else loss
+
+
+def _in_batch(q, k, hard, temperature, ids, margin, symmetric, group, exchange, backend, reduce):
+    """Loss per local query, or their sum where reduce allows it."""
+    b = len(q)
+    row_ids = None if ids is None else ids[:b]
+    if group is None:
+        return _one_rank(q, k, hard, temperature, row_ids, ids, 0, margin, symmetric, backend, reduce)
+    options = margin, group, exchange, backend, reduce
+    loss = _all_ranks(q, k, hard, temperature, row_ids, ids, *options)
+    if symmetric:  # the positives' keys as queries, the queries as keys
+        none = q.new_empty(b, 0, q.shape[1])
+        loss = (loss + _all_ranks(k[:b], q, none, temperature, row_ids, row_ids, *options)) / 2
+    return loss
 
 
 def _resolve(backend: str, query: Tensor) -> str:

@@ -49,7 +49,7 @@ class _Gather(torch.autograd.Function):
         for block, part in zip(padded, grad.split(ctx.sizes), strict=True):
             block[: len(part)] = part
         mine = torch.empty_like(padded[0])
-        dist.reduce_scatter_tensor(mine, padded.flatten(0, 1), group=ctx.group)
+        dist.reduce_scatter(mine, list(padded), group=ctx.group)
         return mine[: ctx.sizes[dist.get_rank(ctx.group)]], None, None
 
 
@@ -120,6 +120,7 @@ class _RingRows(torch.autograd.Function):
         pairs = Pairs.of(q, k[: len(q)], hard, temperature, margin)
         weight, total = grads[0].contiguous(), torch.logaddexp(lse, pairs.pos)
         dq, dk = torch.zeros_like(pairs.qs), torch.zeros_like(k, dtype=pairs.qs.dtype)
+        mass = torch.zeros_like(total)
         block = [dk, k] if col_ids is None else [dk, k, col_ids]
         for step in range(world):
             dk, keys, ids = block[0], block[1], block[2] if len(block) > 2 else None
@@ -127,12 +128,11 @@ class _RingRows(torch.autograd.Function):
             parts = sweep_gradients(q, keys, temperature, negatives, weight, total, None)
             dq += parts[0]
             dk += parts[1]
+            mass += parts[2]
             # After as many hops as ranks a block is home, with what all ranks added to its gradient.
             block = _pass_on(block, sizes[(rank - step - 1) % world], group)
         dk = block[0]
-        pos_coef = torch.sigmoid(lse - pairs.pos) * weight
-        hard_coef = torch.exp(pairs.hard_logits - total[:, None]) * weight[:, None]
-        dq, dhard, dtemperature = pairs.gradients(dq, dk[: len(q)], pos_coef, hard_coef)
+        dq, dhard, dtemperature = pairs.gradients(dq, dk[: len(q)], mass, weight, total)
         found = (dq, dk, dhard, dtemperature)
         return *(g.to(x.dtype) for g, x in zip(found, (q, k, hard, temperature), strict=True)), *[None] * 6
 

@@ -26,6 +26,14 @@ def acc_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def as_temperature(temperature: float | Tensor, like: Tensor) -> Tensor:
+    """The temperature as a tensor (), on the device of another and in its accumulation dtype."""
+    acc = acc_dtype(like.dtype)
+    if isinstance(temperature, Tensor):
+        return temperature.reshape(()).to(like.device, acc)
+    return torch.full((), temperature, dtype=acc, device=like.device)
+
+
 @dataclasses.dataclass
 class Negatives:
     """Which in-batch logits are negatives: not the positive, not of an equal id, not above the limit.
@@ -90,18 +98,27 @@ class Pairs:
         """softplus(lse - pos), from the log-sum-exp of all negatives; exact for tiny and huge arguments."""
         return -F.logsigmoid(self.pos - lse)
 
-    def gradients(self, dq: Tensor, dk: Tensor, pos_coef: Tensor, hard_coef: Tensor) -> list[Tensor]:
+    def gradients(
+        self, dq: Tensor, dk: Tensor, mass: Tensor, weight: Tensor | None, total: Tensor
+    ) -> list[Tensor]:
         """Add the pairs' part to a sweep's gradients, in place; derive the temperature's from the queries'.
 
         Args:
             dq: (B, D), per unit of scaled query.
             dk: (B, D), of the positives' keys.
-            pos_coef: (B,), -dloss / dlogit of the positives.
-            hard_coef: (B, K), dloss / dlogit of the hard negatives.
+            mass: (B,), sum of the loss gradients of all in-batch logits that contrast with the positive.
+            weight: (B,), loss gradient of each row; None for 1.
+            total: (B,), log-sum-exp of all logits of the row.
 
         Returns:
             The gradients of queries, hard negatives and temperature.
         """
+        hard_coef = torch.exp(self.hard_logits - total[:, None])
+        if weight is not None:
+            hard_coef *= weight[:, None]
+        # The positive's coefficient is minus the sum of the negatives'. Summed from them it keeps its digits
+        # where p(positive) - 1 has none, and the rounding of a large common logit cancels.
+        pos_coef = mass + hard_coef.sum(1)
         dq.addcmul_(self.own, pos_coef[:, None], value=-1)
         dk.addcmul_(self.qs, pos_coef[:, None], value=-1)
         for i in range(self.hard.shape[1]):
@@ -116,7 +133,7 @@ def _chunks(qs: Tensor, k: Tensor, negatives: Negatives) -> Iterator[tuple[slice
     low, high = _CHUNK_ROWS
     step = min(max(_CHUNK_BYTES // max(k.element_size() * len(k), 1), low), high)
     buffer = k.new_empty(min(step, len(qs)), len(k))
-    for start in range(0, len(qs), step):
+    for start in range(0, len(qs) if len(k) else 0, step):
         rows = slice(start, min(start + step, len(qs)))
         z = torch.mm(qs[rows], k.T, out=buffer[: rows.stop - start])
         yield rows, negatives.mask_(z, start)
@@ -130,11 +147,11 @@ def _blocks(rows: slice, z: Tensor) -> Iterator[tuple[slice, Tensor]]:
 
 
 def _exp_rows_(z: Tensor) -> tuple[Tensor, Tensor]:
-    """Overwrite z with exp(z - maximum of its row); return that maximum and the log of the row's sum."""
-    # A row whose logits are all -inf has no negatives: any finite maximum gives exp = 0 and log sum = -inf.
+    """Overwrite z with exp(z - maximum of its row); return that maximum and the row's sum."""
+    # A row whose logits are all -inf has no negatives: any finite maximum gives exp = 0 and sum = 0.
     m = z.amax(1).clamp_min_(torch.finfo(z.dtype).min)
     z.sub_(m[:, None]).exp_()
-    return m, z.sum(1).log_()
+    return m, z.sum(1)
 
 
 def sum_and_gradients(
@@ -153,20 +170,20 @@ def sum_and_gradients(
     pairs = Pairs.of(q, k[own], hard, temperature, margin)
     negatives = Negatives(row_ids, col_ids, offset, pairs.limit)
     lse = pairs.hard_logits.logsumexp(1)
+    mass = torch.empty_like(lse)
     dq, dk = torch.empty_like(pairs.qs), torch.zeros_like(k)
     for rows, z in _chunks(pairs.qs, k, negatives):
         factor = []  # from exp(z - maximum) to probabilities
         for at, zb in _blocks(rows, z):
-            m, log_sum = _exp_rows_(negatives.mask_rows_(zb, at.start))
-            lse[at] = torch.logaddexp(lse[at], m + log_sum)
+            m, row_sum = _exp_rows_(negatives.mask_rows_(zb, at.start))
+            lse[at] = torch.logaddexp(lse[at], m + row_sum.log())
             factor.append(torch.exp(m - torch.logaddexp(lse[at], pairs.pos[at])))
+            mass[at] = row_sum * factor[-1]
         factor = torch.cat(factor)[:, None]
         torch.mm(z, k, out=dq[rows]).mul_(factor)
         dk.addmm_(z.T, pairs.qs[rows] * factor)
-    # 1 - p(positive) as a sigmoid keeps its precision when the positive wins by far; p - 1 would not.
-    pos_coef = torch.sigmoid(lse - pairs.pos)
-    hard_coef = torch.exp(pairs.hard_logits - torch.logaddexp(lse, pairs.pos)[:, None])
-    dq, dhard, dtemperature = pairs.gradients(dq, dk[own], pos_coef, hard_coef)
+    total = torch.logaddexp(lse, pairs.pos)
+    dq, dhard, dtemperature = pairs.gradients(dq, dk[own], mass, None, total)
     return pairs.loss(lse).sum(), dq, dk, dhard, dtemperature
 
 
@@ -175,7 +192,7 @@ def sweep_lse(
 ) -> tuple[Tensor, Tensor | None]:
     """Log-sum-exp of the in-batch negatives of every query and, if symmetric, of every positive key."""
     qs, k = q.to(temperature.dtype) / temperature, k.to(temperature.dtype)
-    lse = qs.new_empty(len(qs))
+    lse = qs.new_full((len(qs),), -math.inf)
     own = slice(negatives.offset, negatives.offset + len(qs))
     col_max, col_sum = torch.full_like(lse, torch.finfo(lse.dtype).min), torch.zeros_like(lse)
     for rows, z in _chunks(qs, k, negatives):
@@ -185,8 +202,8 @@ def sweep_lse(
                 m = torch.maximum(col_max, zc.amax(0))
                 col_sum.mul_(torch.exp(col_max - m)).add_(zc.sub_(m).exp_().sum(0))
                 col_max = m
-            m, log_sum = _exp_rows_(negatives.mask_rows_(zb, at.start))
-            torch.add(m, log_sum, out=lse[at])
+            m, row_sum = _exp_rows_(negatives.mask_rows_(zb, at.start))
+            lse[at] = m + row_sum.log_()
     return lse, col_max + col_sum.log() if symmetric else None
 
 
@@ -198,23 +215,26 @@ def sweep_gradients(
     weight: Tensor,
     total: Tensor,
     col_total: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Gradients through the in-batch negatives, of queries / temperature (B, D) and of keys (M, D).
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients through the in-batch negatives: of queries / temperature, of keys, and their mass (B,).
 
     weight (B,) is the loss gradient of each query's row, and of its positive's column if col_total is given;
-    total and col_total (B,) are the log-sum-exp of all logits, positive included, of that row and column.
+    total and col_total (B,) are the log-sum-exp of all logits, positive included, of that row and column. The
+    mass is the sum of the gradients of a row's negatives plus that of its positive's column.
     """
     qs, k = q.to(temperature.dtype) / temperature, k.to(temperature.dtype)
     own = slice(negatives.offset, negatives.offset + len(qs))
-    dq, dk = torch.empty_like(qs), torch.zeros_like(k)
+    dq, dk, mass = torch.zeros_like(qs), torch.zeros_like(k), qs.new_zeros(len(qs))
     for rows, z in _chunks(qs, k, negatives):
         for at, zb in _blocks(rows, z):
             zc = None
             if col_total is not None:
                 zc = negatives.mask_columns_(zb[:, own].clone()).sub_(col_total).exp_().mul_(weight)
+                mass += zc.sum(0)
             negatives.mask_rows_(zb, at.start).sub_(total[at, None]).exp_().mul_(weight[at, None])
+            mass[at] += zb.sum(1)
             if zc is not None:
                 zb[:, own] += zc
         torch.mm(z, k, out=dq[rows])
         dk.addmm_(z.T, qs[rows])
-    return dq, dk
+    return dq, dk, mass

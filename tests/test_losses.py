@@ -1,7 +1,12 @@
 """InfoNCELoss against sentence-transformers' losses, and masked_next_token_loss against its definition."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import (
@@ -150,6 +155,16 @@ def test_composes_with_matryoshka(cached):
     assert_same(loss_and_gradients(model, ours), loss_and_gradients(model, theirs))
 
 
+@pytest.mark.parametrize("symmetric", [False, True], ids=["one-pass", "prefix-by-prefix"])
+@pytest.mark.parametrize("size", [{}, {"mini_batch_size": 4}], ids=["plain", "cached"])
+def test_native_matryoshka_equals_matryoshka_loss(size, symmetric):
+    model = tiny_model()
+    dims, weights = [4, DIM, 8], [0.25, 1.0, 0.5]
+    native = InfoNCELoss(model, matryoshka_dims=dims, matryoshka_weights=weights, symmetric=symmetric, **size)
+    wrapped = MatryoshkaLoss(model, InfoNCELoss(model, symmetric=symmetric, **size), dims, weights)
+    assert_same(loss_and_gradients(model, native, 3), loss_and_gradients(model, wrapped, 3))
+
+
 def test_own_hard_negatives_without_in_batch():
     """Each anchor contrasts with its own negatives: cross-entropy over (positive, negative 1, negative 2)."""
     model = tiny_model(dropout=0.0)
@@ -190,6 +205,55 @@ def test_info_nce_loss_rejects():
         InfoNCELoss(model)(batch(1), None)
     with pytest.raises(ValueError, match="one label per anchor"):
         InfoNCELoss(model, labels_as_ids=True)(batch(2), torch.zeros(3))
+
+
+RANK_SIZES = (3, 6)
+
+
+def _rank_gradients(store: str, rank: int, exchange: str, mini_batch_size: int | None) -> None:
+    """One rank of test_gathered_gradients_average_to_one_process."""
+    world = len(RANK_SIZES)
+    dist.init_process_group("gloo", store=dist.FileStore(store, world), rank=rank, world_size=world)
+    start = sum(RANK_SIZES[:rank])
+    mine = slice(start, start + RANK_SIZES[rank])
+    model = tiny_model(dropout=0.0)
+    whole = batch(3)
+    _, expected = loss_and_gradients(model, InfoNCELoss(model), 3)
+    features = [{name: x[mine] for name, x in column.items()} for column in whole]
+    options = dict(gather_across_devices=True, exchange=exchange, mini_batch_size=mini_batch_size)
+    loss = InfoNCELoss(model, **options)  # pyright: ignore[reportArgumentType]
+    model.zero_grad()
+    loss(features, None).backward()
+    for parameter, wanted in zip(model.parameters(), expected, strict=True):
+        assert parameter.grad is not None
+        dist.all_reduce(parameter.grad)
+        torch.testing.assert_close(parameter.grad / world, wanted, rtol=1e-9, atol=1e-12)
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("exchange, mini_batch_size", [("all_gather", None), ("ring", 2)])
+def test_gathered_gradients_average_to_one_process(exchange, mini_batch_size, tmp_path):
+    """Averaged over ranks, as DistributedDataParallel does, gradients are those of the whole batch."""
+    processes = [
+        subprocess.Popen(
+            [
+                sys.executable,
+                __file__,
+                str(tmp_path / "store"),
+                str(rank),
+                exchange,
+                str(mini_batch_size or 0),
+            ],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(len(RANK_SIZES))
+    ]
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    for process, output in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, output
 
 
 def mntp_inputs(*shape, seed=0):
@@ -272,3 +336,7 @@ def test_masked_next_token_loss_rejects():
         masked_next_token_loss(hidden, labels[:, :5], weight)
     with pytest.raises(ValueError, match="cu_seqlens"):
         masked_next_token_loss(hidden, labels, weight, cu_seqlens=torch.tensor([0, 12]))
+
+
+if __name__ == "__main__":
+    _rank_gradients(sys.argv[1], int(sys.argv[2]), sys.argv[3], int(sys.argv[4]) or None)
