@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import warnings
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return its exit status (0 done, 1 failed, 130 interrupted)."""
     argv = sys.argv[1:] if argv is None else argv
     arguments = build_parser(train_options="train" in argv).parse_args(argv)
+    if not arguments.debug:
+        # The libraries below warn of what a user of this command can neither see nor change.
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        warnings.filterwarnings("ignore", module="peft")
     try:
         arguments.command(arguments)
     except KeyboardInterrupt:
@@ -318,13 +324,14 @@ def search(arguments: argparse.Namespace) -> None:
 def demo(arguments: argparse.Namespace) -> None:
     from uncausal.encoder.demo import run_demo
 
-    report = run_demo(arguments.output, quick=arguments.quick, quiet=arguments.json)
+    with redirect_stdout(sys.stderr if arguments.json else sys.stdout):
+        report = run_demo(arguments.output, quick=arguments.quick)
     if arguments.json:
         print(json.dumps(report))
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from uncausal.encoder.training import load_recipe, run_recipe
+    from uncausal.encoder.recipes import load_recipe, run_recipe
 
     data = dict(item.split("=", 1) for item in arguments.data if "=" in item)
     if len(data) != len(arguments.data):

@@ -25,7 +25,7 @@ from sentence_transformers.base.modules import Transformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
 from sentence_transformers.util import batch_to_device, is_sentence_transformer_model, truncate_embeddings
 from tqdm.auto import tqdm
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModel, AutoTokenizer, GgufConfig
 
 from uncausal.encoder import attention as packed_attention
 from uncausal.encoder.conversion import assert_bidirectional, make_bidirectional
@@ -164,7 +164,7 @@ class Encoder(SentenceTransformer):
             path, gguf_file = path.parent, path.name
         kwargs["dtype"] = resolve_dtype(dtype, device)
         kwargs["attn_implementation"] = packed_attention.NAME if attention == "auto" else attention
-        with _located(path if path.exists() else str(name_or_path), gguf_file, kwargs) as source:
+        with _located(path if path.exists() else str(name_or_path), gguf_file) as source:
             saved = gguf_file is None and is_sentence_transformer_model(source)
             if saved:
                 encoder = cls(source, device=device, model_kwargs=kwargs)
@@ -179,6 +179,7 @@ class Encoder(SentenceTransformer):
                 encoder = cls(
                     modules=[transformer, Pooling(transformer.get_embedding_dimension())], device=device
                 )
+        encoder.model_card_data.generate_widget_examples = False
         model = encoder.backbone
         if bidirectional or (bidirectional is None and not saved):
             make_bidirectional(model)
@@ -335,7 +336,7 @@ def token_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
 
 
 @contextmanager
-def _located(source: str | Path, gguf_file: str | None, kwargs: dict[str, Any]) -> Iterator[str]:
+def _located(source: str | Path, gguf_file: str | None) -> Iterator[str]:
     """Yield a model id or folder that transformers loads; GGUF weights are first written as a folder."""
     if isinstance(source, str) and (source.startswith((".", "/", "~")) or source.count("/") > 1):
         raise FileNotFoundError(f"no model at {source!r}: give a folder, a .gguf file or a Hugging Face id")
@@ -343,13 +344,16 @@ def _located(source: str | Path, gguf_file: str | None, kwargs: dict[str, Any]) 
         yield str(source)
         return
     try:
-        model = AutoModel.from_pretrained(source, gguf_file=gguf_file, dtype=kwargs["dtype"])
+        config = GgufConfig(dequantize=True)
+        model = AutoModel.from_pretrained(
+            source, gguf_file=gguf_file, quantization_config=config, dtype=torch.float32
+        )
         tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf_file)
     except (ValueError, NotImplementedError, RuntimeError) as error:
         raise ValueError(f"{gguf_file}: transformers cannot read this GGUF ({error})") from error
     # save_pretrained refuses a model that still claims to be quantised.
     model.hf_quantizer = None
-    del model.config.quantization_config
+    model.config.__dict__.pop("quantization_config", None)
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

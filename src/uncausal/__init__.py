@@ -11,23 +11,40 @@ __version__ = "0.1.0"
 _HOME = {
     "flash_attn_func": "kernels.attention",
     "flash_attn_varlen_func": "kernels.attention",
+    "InfoNCE": "kernels.info_nce",
+    "info_nce": "kernels.info_nce",
+    "LatentAttentionPooling": "kernels.latent_pooling",
+    "latent_attention_pool": "kernels.latent_pooling",
     "PackedLayout": "kernels.packing",
     "pack": "kernels.packing",
     "unpack": "kernels.packing",
-    "Encoder": "encoder.model",
-    "make_bidirectional": "encoder.conversion",
     "assert_bidirectional": "encoder.conversion",
-    "layer_losses": "encoder.pruning",
+    "make_bidirectional": "encoder.conversion",
+    "InfoNCELoss": "encoder.losses",
+    "Encoder": "encoder.model",
     "l3prune": "encoder.pruning",
+    "layer_losses": "encoder.pruning",
     "prune_layers": "encoder.pruning",
+    "load_recipe": "encoder.recipes",
+    "run_recipe": "encoder.recipes",
+    "MNTP": "encoder.stages",
+    "Contrastive": "encoder.stages",
+    "SimCSE": "encoder.stages",
+    "train": "encoder.training",
 }
 __all__ = [*_HOME, "__version__"]
 
 if TYPE_CHECKING:
     from uncausal.encoder.conversion import assert_bidirectional, make_bidirectional
+    from uncausal.encoder.losses import InfoNCELoss
     from uncausal.encoder.model import Encoder
     from uncausal.encoder.pruning import l3prune, layer_losses, prune_layers
+    from uncausal.encoder.recipes import load_recipe, run_recipe
+    from uncausal.encoder.stages import MNTP, Contrastive, SimCSE
+    from uncausal.encoder.training import train
     from uncausal.kernels.attention import flash_attn_func, flash_attn_varlen_func
+    from uncausal.kernels.info_nce import InfoNCE, info_nce
+    from uncausal.kernels.latent_pooling import LatentAttentionPooling, latent_attention_pool
     from uncausal.kernels.packing import PackedLayout, pack, unpack
 
 

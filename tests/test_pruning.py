@@ -1,0 +1,140 @@
+"""L3Prune: losses of all layers in one pass, the two depths, slicing, the plot."""
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import cross_entropy, normalize
+from transformers import (
+    AutoModel,
+    Gemma3TextConfig,
+    Gemma3TextModel,
+    GPT2Config,
+    GPT2Model,
+    Qwen2Config,
+    Qwen2Model,
+)
+
+from uncausal.encoder.model import Encoder
+from uncausal.encoder.pruning import (
+    decoder_layers,
+    depth_from_fraction,
+    final_norm,
+    l3prune,
+    layer_losses,
+    plot_layer_losses,
+    prune_layers,
+)
+
+TRIPLETS = [
+    ("A man is playing a guitar.", "Someone plays the guitar.", "A man is eating."),
+    ("A child rides a horse.", "A young child is riding a horse.", "A horse is in the barn."),
+    ("The dog runs on the beach.", "A dog is running along the sea.", "The cat sleeps."),
+    ("Two women are dancing.", "A pair of women dance.", "Two women are talking."),
+]
+
+
+@pytest.mark.parametrize("pooling", ["mean", "weighted_mean"])
+@pytest.mark.parametrize("columns", [2, 3])
+def test_layer_losses_equal_the_loss_of_each_pruned_model(smollm2, pooling, columns):
+    """One pass over all layers gives what cutting the model at each layer and encoding would."""
+    options = {"bidirectional": False, "pooling": pooling, "dtype": "float32", "device": "cpu"}
+    rows = [row[:columns] for row in TRIPLETS]
+    losses = layer_losses(Encoder.from_pretrained(smollm2, **options), rows, show_progress_bar=False)
+    assert len(losses) == 6 and len(set(losses)) == 6
+    encoder = Encoder.from_pretrained(smollm2, **options)
+    for depth in (6, 4, 1):
+        encoder.prune(depth)
+        texts = [text for column in zip(*rows, strict=True) for text in column]
+        vectors = normalize(encoder.encode(texts, convert_to_tensor=True), dim=-1)
+        logits = vectors[:4] @ vectors[4:].T / 0.02
+        assert losses[depth - 1] == pytest.approx(cross_entropy(logits, torch.arange(4)).item(), abs=1e-4)
+
+
+def test_layer_losses_average_over_batches(smollm2):
+    encoder = Encoder.from_pretrained(smollm2, dtype="float32", device="cpu")
+    whole = [layer_losses(encoder, TRIPLETS[i : i + 2], show_progress_bar=False) for i in (0, 2)]
+    batched = layer_losses(encoder, TRIPLETS, batch_size=2, show_progress_bar=False)
+    np.testing.assert_allclose(batched, np.mean(whole, axis=0), atol=1e-5)
+
+
+def test_layer_losses_need_data(smollm2):
+    with pytest.raises(ValueError, match="at least one"):
+        layer_losses(Encoder.from_pretrained(smollm2, num_layers=1), [])
+
+
+@pytest.mark.parametrize(
+    ("losses", "depths"),
+    [
+        ([3.0, 1.0, 2.0, 2.5, 0.5, 4.0], (2, 5)),
+        ([1.0, 2.0, 3.0, 4.0], (1, 3)),
+        ([4.0, 3.0, 2.0, 2.0, 1.0], (2, 5)),  # an odd depth: the middle layer is in the upper half
+        ([1.0, 1.0, 1.0, 1.0], (1, 3)),  # ties go to the shallower layer
+        ([2.0, 1.0], (1, 2)),
+    ],
+)
+def test_l3prune_takes_the_least_loss_of_either_half(losses, depths):
+    assert l3prune(losses) == depths
+
+
+def test_l3prune_needs_two_layers():
+    with pytest.raises(ValueError, match="at least two"):
+        l3prune([1.0])
+
+
+@pytest.mark.parametrize(
+    ("layers", "fraction", "kept"), [(32, 0.22, 24), (30, 0.0, 30), (10, 0.3, 7), (3, 0.99, 1)]
+)
+def test_depth_from_fraction(layers, fraction, kept):
+    assert depth_from_fraction(layers, fraction) == kept
+
+
+@pytest.mark.parametrize("fraction", [-0.1, 1.0, 30])
+def test_depth_from_fraction_refuses(fraction):
+    with pytest.raises(ValueError, match=r"in \[0, 1\)"):
+        depth_from_fraction(30, fraction)
+
+
+SMALL = {"hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 50}
+MODELS = {
+    "qwen2": lambda: Qwen2Model(Qwen2Config(**SMALL, num_hidden_layers=6, intermediate_size=32)),
+    "gemma3": lambda: Gemma3TextModel(
+        Gemma3TextConfig(**SMALL, num_hidden_layers=6, intermediate_size=32, head_dim=8, sliding_window=4)
+    ),
+    "gpt2": lambda: GPT2Model(GPT2Config(vocab_size=50, n_embd=16, n_layer=6, n_head=2)),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("depth", [1, 4])
+def test_pruned_model_saves_and_loads(name, depth, tmp_path):
+    """Regression: `layer_types` kept its old length, and the configuration could not be saved."""
+    model = MODELS[name]().eval()
+    ids = torch.tensor([[3, 7, 11, 2]])
+    layers = decoder_layers(model)
+    states = []
+    handle = layers[depth - 1].register_forward_hook(
+        lambda _m, _i, out: states.append(out if torch.is_tensor(out) else out[0])
+    )
+    with torch.inference_mode():
+        model(ids)
+        expected = final_norm(model)(states[0])
+    handle.remove()
+    prune_layers(model, depth)
+    model.save_pretrained(tmp_path)
+    again = AutoModel.from_pretrained(tmp_path).eval()
+    with torch.inference_mode():
+        torch.testing.assert_close(again(ids).last_hidden_state, expected)
+    assert again.config.num_hidden_layers == depth
+    assert len(getattr(again.config, "layer_types", None) or range(depth)) == depth
+
+
+@pytest.mark.parametrize("depth", [0, 7, -1])
+def test_prune_layers_refuses_an_impossible_depth(depth):
+    with pytest.raises(ValueError, match="the model has 6"):
+        prune_layers(MODELS["qwen2"](), depth)
+
+
+def test_plot_shows_both_choices(tmp_path):
+    losses = [3.0, 1.0, 2.0, 2.5, 0.5, 4.0]
+    plot_layer_losses(losses, l3prune(losses), tmp_path / "curve.png", kept=3)
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
