@@ -38,7 +38,7 @@ def interpreted() -> bool:
 
 @functools.cache
 def architecture(device: torch.device) -> str:
-    """Name the architecture of a device as in ARCHS, the nearest older one for a newer; sm80 without a GPU."""
+    """Name a device's architecture as in ARCHS, the nearest older one for a newer; sm80 without a GPU."""
     if device.type != "cuda" or not torch.cuda.is_available():
         return "sm80"
     if torch.version.hip:
@@ -57,17 +57,69 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-# ---- InfoNCE: BLOCK_M, BLOCK_N, BLOCK_D, num_warps, num_stages. "lse" and "weight" walk D in steps of BLOCK_D;
-# "grad" holds all of D, so its key says up to which D. All compile without spills on their architecture.
+# Attention: BLOCK_M, BLOCK_N, num_warps, num_stages by kernel, architecture, bytes per element and the head dimension
+# up to which they hold.
 
-_INFO_NCE_WALK = {2: (128, 128, 64, 8, 3), 4: (64, 64, 32, 8, 2)}  # by bytes per element
+_ATTENTION: dict[str, dict[tuple[str, int], dict[int, tuple[int, int, int, int]]]] = {
+    "fwd": {
+        ("cuda", 2): {64: (128, 64, 4, 3), 128: (128, 32, 4, 3), 256: (64, 32, 4, 2)},
+        ("sm90", 2): {64: (128, 64, 4, 3), 128: (128, 64, 8, 3), 256: (64, 32, 4, 2)},
+        ("hip", 2): {64: (128, 64, 4, 2), 128: (128, 64, 4, 1), 256: (64, 32, 4, 1)},
+        ("cuda", 4): {64: (64, 32, 4, 2), 128: (32, 32, 4, 2), 256: (32, 32, 8, 1)},
+        ("hip", 4): {64: (64, 32, 4, 1), 128: (32, 32, 4, 1), 256: (32, 32, 8, 1)},
+    },
+    "dq": {
+        ("cuda", 2): {64: (64, 64, 4, 2), 128: (64, 32, 4, 2), 256: (64, 32, 8, 2)},
+        ("hip", 2): {64: (64, 64, 4, 1), 128: (64, 32, 4, 1), 256: (32, 32, 4, 1)},
+        ("cuda", 4): {64: (32, 32, 4, 1), 128: (32, 32, 8, 1), 256: (32, 32, 8, 1)},
+        ("hip", 4): {64: (32, 32, 4, 1), 128: (32, 32, 4, 1), 256: (32, 32, 8, 1)},
+    },
+    "dkv": {
+        ("cuda", 2): {64: (64, 64, 4, 2), 128: (32, 64, 4, 2), 256: (32, 64, 8, 1)},
+        ("hip", 2): {64: (64, 64, 4, 1), 128: (32, 64, 4, 1), 256: (32, 64, 8, 1)},
+        ("cuda", 4): {64: (32, 64, 4, 1), 128: (32, 64, 8, 1), 256: (16, 64, 8, 1)},
+        ("hip", 4): {64: (32, 64, 4, 1), 128: (32, 64, 4, 1), 256: (32, 64, 8, 1)},
+    },
+}
+
+
+def attention_config(kernel: str, d: int, itemsize: int, arch: str) -> dict[str, int]:
+    """Launch configuration of an attention kernel.
+
+    Args:
+        kernel: "fwd", "dq" or "dkv".
+        d: head dimension, at most 256.
+        itemsize: bytes per element, 2 or 4.
+        arch: one of ARCHS.
+    """
+    tables = _ATTENTION[kernel]
+    table = tables.get((arch, itemsize)) or tables["hip" if arch.startswith("gfx") else "cuda", itemsize]
+    block_m, block_n, num_warps, num_stages = next(c for most, c in table.items() if d <= most)
+    return dict(BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps, num_stages=num_stages)
+
+
+# InfoNCE: BLOCK_M, BLOCK_N, BLOCK_D, num_warps, num_stages by kernel, architecture and bytes per element. "lse"
+# and "weight" walk D in steps of BLOCK_D; "grad" holds all of D, its key says up to which. All compile without
+# spills with every option on.
+
+_INFO_NCE = {
+    ("lse", "cuda", 2): (128, 128, 64, 8, 3),
+    ("lse", "hip", 2): (128, 128, 64, 8, 3),
+    ("lse", "cuda", 4): (64, 64, 16, 4, 2),
+    ("lse", "hip", 4): (64, 64, 16, 4, 2),
+    ("weight", "cuda", 2): (128, 64, 64, 8, 3),
+    ("weight", "sm100", 2): (64, 64, 64, 8, 3),
+    ("weight", "hip", 2): (128, 128, 64, 8, 3),
+    ("weight", "cuda", 4): (64, 64, 16, 4, 2),
+    ("weight", "hip", 4): (64, 64, 16, 4, 2),
+}
 _INFO_NCE_GRAD = {
-    ("cuda", 2): {64: (128, 64, 64, 4, 3), 128: (128, 64, 128, 8, 3), 256: (64, 64, 256, 8, 2)},
-    ("sm90", 2): {64: (128, 64, 64, 4, 3), 128: (128, 64, 128, 8, 3), 256: (128, 64, 256, 8, 2)},
-    ("sm100", 2): {64: (128, 64, 64, 4, 3), 128: (128, 64, 128, 8, 3), 256: (128, 64, 256, 8, 2)},
+    ("cuda", 2): {64: (64, 64, 64, 4, 3), 128: (128, 64, 128, 8, 3), 256: (64, 64, 256, 8, 2)},
+    ("sm80", 2): {64: (64, 64, 64, 4, 3), 128: (128, 64, 128, 8, 2), 256: (64, 64, 256, 8, 2)},
+    ("sm100", 2): {64: (64, 64, 64, 4, 3), 128: (128, 64, 128, 8, 3), 256: (128, 64, 256, 8, 2)},
     ("hip", 2): {64: (64, 32, 64, 4, 2), 128: (64, 32, 128, 4, 2), 256: (64, 32, 256, 4, 2)},
     ("cuda", 4): {64: (64, 32, 64, 8, 2), 128: (32, 32, 128, 8, 2), 256: (32, 32, 256, 8, 1)},
-    ("hip", 4): {64: (64, 32, 64, 8, 2), 128: (32, 32, 128, 8, 2), 256: (32, 32, 256, 8, 1)},
+    ("hip", 4): {64: (64, 32, 64, 4, 2), 128: (32, 32, 128, 4, 2), 256: (32, 16, 256, 8, 1)},
 }
 
 
@@ -80,13 +132,14 @@ def info_nce_config(kernel: str, d: int, itemsize: int, arch: str) -> dict[str, 
         itemsize: bytes per element, 2 or 4.
         arch: one of ARCHS.
     """
+    vendor = "hip" if arch.startswith("gfx") else "cuda"
     fits = max(16, 1 << (d - 1).bit_length())
-    if kernel != "grad":
-        block_m, block_n, block_d, num_warps, num_stages = _INFO_NCE_WALK[itemsize]
-        block_d = min(block_d, fits)
-    else:
-        vendor = "hip" if arch.startswith("gfx") else "cuda"
+    if kernel == "grad":
         table = _INFO_NCE_GRAD.get((arch, itemsize)) or _INFO_NCE_GRAD[vendor, itemsize]
         block_m, block_n, _, num_warps, num_stages = table[max(fits, 64)]
         block_d = fits
+    else:
+        found = _INFO_NCE.get((kernel, arch, itemsize)) or _INFO_NCE[kernel, vendor, itemsize]
+        block_m, block_n, block_d, num_warps, num_stages = found
+        block_d = min(block_d, fits)
     return dict(BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d, num_warps=num_warps, num_stages=num_stages)
