@@ -47,6 +47,19 @@ class FoldedLatents(NamedTuple):
     final_activation: bool
 
 
+def _implementation(backend: str) -> Any:
+    if backend == "torch":
+        return plain
+    from uncausal.kernels import latent_pooling_triton
+
+    return latent_pooling_triton
+
+
+def _resolve(backend: str, tensor: Tensor) -> str:
+    """Choose the backend; float64, which Triton's products lack, always takes torch's."""
+    return "torch" if tensor.dtype == torch.float64 else resolve_backend(backend, tensor)
+
+
 def _norm(gain: Tensor | None, shift: Tensor | None) -> plain.Norm:
     return None if gain is None or shift is None else (gain, shift, NORM_EPS)
 
@@ -59,7 +72,7 @@ def _latent_softmax(
     x: Tensor, gain: Tensor | None, shift: Tensor | None, score: Tensor, num_heads: int, backend: str
 ) -> Tensor:
     """Probabilities (T, H*R) of each token over each head's latents."""
-    return plain.softmax(x, _norm(gain, shift), score, num_heads)
+    return _implementation(backend).softmax(x, _norm(gain, shift), score, num_heads)
 
 
 @_latent_softmax.register_fake
@@ -79,7 +92,7 @@ def _latent_softmax_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients for x, gain, shift and score."""
-    grads = plain.softmax_backward(dprobs, probs, x, _norm(gain, shift), score, num_heads)
+    grads = _implementation(backend).softmax_backward(dprobs, probs, x, _norm(gain, shift), score, num_heads)
     return grads.x, grads.gain, grads.shift, grads.weight.to(score.dtype)
 
 
@@ -124,7 +137,9 @@ def _latent_mlp_pool(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """Weighted sums over each sequence of act(W1 LN(x) + b1), and with residual of x itself (else empty)."""
-    return plain.mlp_pool(x, _norm(gain, shift), up, up_bias, weights, cu_seqlens, gated, residual)
+    return _implementation(backend).mlp_pool(
+        x, _norm(gain, shift), up, up_bias, weights, cu_seqlens, gated, residual
+    )
 
 
 @_latent_mlp_pool.register_fake
@@ -148,8 +163,8 @@ def _latent_mlp_pool_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients for x, gain, shift, up and up_bias."""
-    norm = _norm(gain, shift)
-    grads, dbias = plain.mlp_pool_backward(dinner, douter, x, norm, up, up_bias, weights, cu_seqlens, gated)
+    rest = (_norm(gain, shift), up, up_bias, weights, cu_seqlens, gated)
+    grads, dbias = _implementation(backend).mlp_pool_backward(dinner, douter, x, *rest)
     return grads.x, grads.gain, grads.shift, grads.weight.to(up.dtype), dbias
 
 
@@ -187,7 +202,9 @@ def _latent_plain_pool(
     backend: str,
 ) -> Tensor:
     """Weighted sums per sequence of act(softmax(x score^T) value^T + b1)."""
-    return plain.plain_pool(x, score, value, up_bias, weights, cu_seqlens, num_heads, gated)
+    return _implementation(backend).plain_pool(
+        x, score, value, up_bias, weights, cu_seqlens, num_heads, gated
+    )
 
 
 @_latent_plain_pool.register_fake
@@ -275,7 +292,7 @@ def latent_attention_pool(
     Source: NV-Embed (arXiv 2405.17428), section 3.2.
     """
     weights = _mean_weights(hidden_states, cu_seqlens, token_weights, validate)
-    backend = resolve_backend(backend, hidden_states)
+    backend = _resolve(backend, hidden_states)
     p = _cast(parameters, hidden_states.dtype)
     if p.score is None or p.value is None:
         raise ValueError("parameters are not folded: LatentAttentionPooling.fold(tokens=None) folds always")
@@ -477,7 +494,7 @@ class LatentAttentionPooling(nn.Module):
                 folded = self.fold(hidden_states.dtype, hidden_states.shape[0])
         if folded.score is None:
             weights = _mean_weights(hidden_states, cu_seqlens, token_weights, True)
-            backend = resolve_backend(self.backend, hidden_states)
+            backend = _resolve(self.backend, hidden_states)
             with torch.autocast(device_type, enabled=False):
                 return _mlp_mean(self._attend(hidden_states), cu_seqlens, folded, weights, backend)
         options = {"token_weights": token_weights, "backend": self.backend}

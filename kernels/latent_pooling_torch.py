@@ -25,8 +25,8 @@ def sequence_ids(cu_seqlens: Tensor, tokens: int) -> Tensor:
     return torch.searchsorted(cu_seqlens, torch.arange(tokens, device=cu_seqlens.device), right=True) - 1
 
 
-def slabs(tokens: int) -> Iterator[slice]:
-    return (slice(start, min(start + SLAB_ROWS, tokens)) for start in range(0, tokens, SLAB_ROWS))
+def slabs(tokens: int, size: int = SLAB_ROWS) -> Iterator[slice]:
+    return (slice(start, min(start + size, tokens)) for start in range(0, tokens, size))
 
 
 def normalise(x: Tensor, norm: Norm) -> Tensor:

@@ -107,6 +107,15 @@ def test_forms_in_float64(form):
         torch.testing.assert_close(grads, want_grads, rtol=1e-10, atol=1e-11)
 
 
+def rounded_layer(dtype, *args, **options):
+    """A layer of fp32 parameters that a lower precision represents: eager runs on those."""
+    layer = make_layer(*args, dtype=torch.float32, **options)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.copy_(parameter.to(dtype))
+    return layer
+
+
 @pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize(
@@ -115,11 +124,7 @@ def test_forms_in_float64(form):
     ids=lambda n: str(n),
 )
 def test_layer_released(d, heads, latents, head_dim, dtype):
-    layer = make_layer(d, latents, heads, torch.float32, head_dim=head_dim)
-    with torch.no_grad():  # eager runs on parameters rounded to the dtype; so shall we
-        for parameter in layer.parameters():
-            parameter.copy_(parameter.to(dtype))
-    check_ladder(layer, [1, 40, 130, 1, 61], dtype)
+    check_ladder(rounded_layer(dtype, d, latents, heads, head_dim=head_dim), [1, 40, 130, 1, 61], dtype)
 
 
 def test_layer_wide_forward():
@@ -359,3 +364,101 @@ def test_gelu_is_exact():
     want = z[:, :1] * 0.5 * z[:, 1:] * (1 + torch.erf(z[:, 1:] / 2**0.5))
     torch.testing.assert_close(latent_pooling_torch.activate(z, True), want)
     torch.testing.assert_close(latent_pooling_torch.activate(z, False), F.gelu(z))
+
+
+# Triton: the interpreter in fp32 and fp16, the sanitised run in bf16, and machine code for every architecture
+
+
+@pytest.mark.interpret
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+@pytest.mark.parametrize("form", ["released", "plain", "article", "plain-geglu", "no-norm"])
+@pytest.mark.parametrize(
+    "d, heads, latents", [(64, 1, 16), (64, 8, 64), (576, 8, 24), (1024, 1, 512)], ids=lambda n: str(n)
+)
+def test_triton(d, heads, latents, form, dtype):
+    options = {"num_heads": heads, "head_dim": None if form == "article" else 32, **FORMS[form]}
+    layer = rounded_layer(dtype, d, latents, mlp_ratio=1, backend="triton", **options)
+    plan = "mlp" if not layer.pre_norm and not layer.residual else "attention"
+    layer.cheapest_fold = lambda tokens=None: plan
+    check_ladder(layer, [1, 40, 70, 1, 1, 20], dtype, weights=d != 64)
+
+
+@pytest.mark.interpret
+def test_triton_slabs(monkeypatch):
+    """Backward in several slabs, tiles that end within a sequence, and a weight of zero."""
+    from uncausal.kernels import latent_pooling_triton
+
+    monkeypatch.setattr(latent_pooling_triton, "SLAB_ROWS", 48)
+    layer = make_layer(64, 16, 4, torch.float32, backend="triton")
+    layer.cheapest_fold = lambda tokens=None: "attention"
+    check_ladder(layer, [130, 3, 60], torch.float32)
+
+
+@pytest.mark.sanitize
+@pytest.mark.parametrize("form", ["released", "plain"])
+@pytest.mark.parametrize("d, latents", [(64, 16), (576, 64)], ids=["small", "large"])
+def test_triton_sanitised(form, d, latents):
+    layer = rounded_layer(
+        torch.bfloat16, d, latents, 2, backend="triton", mlp_ratio=1, head_dim=32, **FORMS[form]
+    )
+    plan = "mlp" if form == "plain" else "attention"
+    layer.cheapest_fold = lambda tokens=None: plan
+    check_ladder(layer.to("cuda"), [1, 50, 40], torch.bfloat16, "cuda")
+
+
+def test_interpreted():
+    ladder.interpret(__file__)
+
+
+def test_sanitised():
+    ladder.sanitize(__file__, select="small")
+
+
+TYPES = {"T": "i32", "seq_ptr": "*i64", "begin_ptr": "*i64", "end_ptr": "*i64"}
+WIDE = ("bias_ptr", "weights_ptr", "partial_ptr", "dinner_ptr", "out_ptr")
+
+
+def compiled(kernel, arch, block=(0, 0, 0, 4, 2), **constexprs):
+    """Machine code of a kernel at the released sizes: d=4096, 8 heads, 512 latents, bf16."""
+    facts = {"D": 4096, "H": 8, "R": 512, "W": 16384, "GATED": True, "GROUP": 8, "BLOCK_R": 512}
+    facts |= {
+        "BLOCK_M": block[0],
+        "BLOCK_N": block[1],
+        "BLOCK_K": block[2],
+        "PRECISION": "tf32",
+        **constexprs,
+    }
+    facts = {name: value for name, value in facts.items() if name in kernel.arg_names}
+    types = {
+        name: TYPES.get(name, "*fp32" if name in WIDE else "*bf16")
+        for name in kernel.arg_names
+        if name not in facts
+    }
+    return ladder.compile_for(kernel, types, facts, arch, num_warps=block[3], num_stages=block[4])
+
+
+@pytest.mark.parametrize("arch", ["sm80", "sm86", "sm90", "sm100", "sm120", "gfx942", "gfx950"])
+@pytest.mark.parametrize("kernel", ["softmax", "mlp", "mlp-backward", "plain"])
+def test_compiles_without_spills(arch, kernel):
+    from uncausal.kernels import latent_pooling_triton as triton_file
+
+    config = triton_file.CONFIGS[arch]
+    if kernel == "softmax":
+        built = compiled(triton_file._softmax_kernel, arch, config["softmax"])
+    elif kernel == "plain":  # one head: the most scores a token that one kernel takes
+        built = compiled(triton_file._plain_pool_kernel, arch, config["plain"], H=1, GATED=False)
+    else:
+        function = triton_file._mlp_pool_kernel if kernel == "mlp" else triton_file._mlp_pool_bwd_kernel
+        built = compiled(function, arch, config["mlp"])
+    assert built.problems() == []
+
+
+@pytest.mark.parametrize("arch", ["sm80", "gfx942"])
+def test_small_kernels_compile_without_spills(arch):
+    from uncausal.kernels import latent_pooling_triton as triton_file
+
+    built = compiled(triton_file._softmax_bwd_kernel, arch, (8, 0, 0, 4, 2))
+    assert built.problems(matrix_unit=False) == []
+    built = compiled(triton_file._row_sum_kernel, arch, (16, 128, 0, 4, 2), WEIGHTED=True)
+    assert built.problems(matrix_unit=False) == []
