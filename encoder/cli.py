@@ -124,6 +124,7 @@ def build_parser(train_options: bool = True) -> argparse.ArgumentParser:
     command = add("run", run, "run every step of a recipe (a TOML file; see recipes/)", "ENCODER")
     command.add_argument("recipe", type=Path, help="recipe file")
     command.add_argument("output", type=Path, help="folder to write; an interrupted run resumes from it")
+    command.add_argument("--variant", help="one of the recipe's variants (default: the first)")
     command.add_argument("--model", help="instead of the recipe's own model")
     command.add_argument("--data", action="append", default=[], metavar="STAGE=FILE", help="data of a stage")
     return parser
@@ -246,6 +247,7 @@ def prune(arguments: argparse.Namespace) -> None:
 
 def train(arguments: argparse.Namespace) -> None:
     from uncausal.encoder import training
+    from uncausal.encoder.data import read_texts
     from uncausal.encoder.stages import STAGES
 
     names = [field.name for field in fields(STAGES[arguments.stage])]
@@ -253,7 +255,13 @@ def train(arguments: argparse.Namespace) -> None:
         **{name: value for name in names if (value := getattr(arguments, name)) is not None}
     )
     encoder = _load(arguments)
-    training.train(encoder, stage, arguments.data, arguments.output, resume=not arguments.no_resume)
+    data = (
+        arguments.data
+        if arguments.stage == "contrastive"
+        else list(read_texts(arguments.data, arguments.column))
+    )
+    training.train(encoder, stage, data, arguments.output / "training", resume=not arguments.no_resume)
+    encoder.save_pretrained(str(arguments.output))
     _report(arguments, _facts(encoder, arguments.output))
 
 
@@ -336,5 +344,6 @@ def run(arguments: argparse.Namespace) -> None:
     data = dict(item.split("=", 1) for item in arguments.data if "=" in item)
     if len(data) != len(arguments.data):
         raise ValueError("--data takes STAGE=FILE, for example --data mntp=text.txt")
-    encoder = run_recipe(load_recipe(arguments.recipe), arguments.output, model=arguments.model, data=data)
+    recipe = load_recipe(arguments.recipe, arguments.variant)
+    encoder = run_recipe(recipe, arguments.output, model=arguments.model, data=data)
     _report(arguments, _facts(encoder, arguments.output))
