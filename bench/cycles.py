@@ -1,8 +1,8 @@
 """Cycles per tile of a kernel's main loop, counted in its disassembly.
 
-A loop is a natural loop of the control flow graph, so waiting loops that the compiler moved behind the kernel's
-end count into the loop they return to. The main loops are the innermost ones with matrix instructions. For one
-iteration by all warps of a program, on one SM:
+A loop is a natural loop of the control flow graph, so waiting loops that the compiler moved behind the
+kernel's end count into the loop they return to. The main loops are the innermost ones with matrix
+instructions. For one iteration by all warps of a program, on one SM:
 
     mma    FLOPs of the matrix instructions / the architecture's dense rate
     exp    MUFU instructions x 32 lanes / 16 per clock (AMD: transcendentals x 64 lanes / 16 or 32 per clock)
@@ -10,8 +10,9 @@ iteration by all warps of a program, on one SM:
     bound  useful mma / (mma + max(exp, issue)): the share of the matrix unit's peak if nothing overlaps; rows
            that a layout computes twice, as more warps than row tiles do, are not useful
 
-Every instruction of the loop counts once for every warp, also those under a branch. The bound ranks variants of
-one kernel, and peers compiled the same way. It knows nothing of latency, memory or overlap: it is not a speed.
+Every instruction of the loop counts once for every warp, also those under a branch. The bound ranks
+variants of one kernel, and peers compiled the same way. It knows nothing of latency, memory or overlap: it
+is not a speed.
 """
 
 from __future__ import annotations

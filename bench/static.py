@@ -1,0 +1,302 @@
+"""The static GPU report: what the compiled kernels say about themselves, without a GPU.
+
+`python -m uncausal.bench.static` calls every public function with its launches recorded instead of run,
+once per architecture, compiles each launch for that architecture with exactly the types, flags and tiles
+that the launcher chose, and counts registers, spills, shared memory and the cycles of the main loop
+(`bench/cycles.py`). Peers that are installed go through the same steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+from uncausal.bench import ladder
+from uncausal.bench.cycles import main_loop
+
+BENCH = Path(__file__).resolve().parent
+BEGIN, END = "<!-- static -->", "<!-- /static -->"
+HEAD_DIMS = (64, 128)
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """One recorded launch: what `ladder.compile_for` needs to build the same machine code."""
+
+    kernel: Any
+    signature: tuple[tuple[str, str], ...]
+    constexprs: tuple[tuple[str, Any], ...]
+    divisible: tuple[str, ...]
+    options: tuple[tuple[str, Any], ...]
+
+    def compile(self, arch: str) -> ladder.Compiled:
+        return ladder.compile_for(
+            self.kernel,
+            dict(self.signature),
+            dict(self.constexprs),
+            arch,
+            divisible=self.divisible,
+            **dict(self.options),
+        )
+
+
+@contextlib.contextmanager
+def recorded_launches(arch: str) -> Iterator[list[Launch]]:
+    """Record Triton launches instead of running them, as if the tensors lay on a GPU of this architecture.
+
+    Yields:
+        A list that receives every distinct launch. The tensors a launch would have written stay as they were.
+    """
+    from triton import JITFunction
+
+    launches: list[Launch] = []
+
+    def record(kernel, *args, grid, warmup, **kwargs):
+        launch = _launch(kernel, args, kwargs)
+        if launch not in launches:
+            launches.append(launch)
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(JITFunction, "run", record))
+        for name, module in list(sys.modules.items()):
+            if name.startswith("uncausal.kernels."):
+                if hasattr(module, "architecture"):
+                    stack.enter_context(mock.patch.object(module, "architecture", lambda device: arch))
+                if hasattr(module, "resolve_backend"):
+                    stack.enter_context(mock.patch.object(module, "resolve_backend", lambda *_: "triton"))
+        yield launches
+
+
+def _launch(kernel, args: tuple, kwargs: dict[str, Any]) -> Launch:
+    bound = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
+    signature, constexprs, divisible = {}, {}, []
+    for parameter in kernel.params:
+        value = bound.pop(parameter.name, parameter.default)
+        kind = _type_of(value)
+        one = isinstance(value, int) and value == 1 and not parameter.do_not_specialize
+        if parameter.is_constexpr or kind is None or one:
+            constexprs[parameter.name] = value
+            continue
+        signature[parameter.name] = kind
+        number = value.data_ptr() if isinstance(value, torch.Tensor) else value
+        if isinstance(number, int) and number % 16 == 0 and not parameter.do_not_specialize:
+            divisible.append(parameter.name)
+    return Launch(
+        kernel, *(tuple(d.items()) for d in (signature, constexprs)), tuple(divisible), tuple(bound.items())
+    )
+
+
+def _type_of(value: Any) -> str | None:
+    """Triton's name of the type that a launcher gives to an argument; None for what it makes a constant."""
+    if isinstance(value, torch.Tensor):
+        return "*" + _DTYPES[value.dtype]
+    if hasattr(value, "block_shape"):  # a host-side tensor descriptor
+        return f"tensordesc<{_DTYPES[value.base.dtype]}{list(value.block_shape)}>"
+    if isinstance(value, bool):
+        return "i1"
+    if isinstance(value, int):
+        return "i32" if -(2**31) <= value < 2**31 else "i64"
+    return "fp32" if isinstance(value, float) else None
+
+
+_DTYPES = {
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+    torch.int32: "i32",
+    torch.int64: "i64",
+    torch.bool: "i1",
+    torch.uint8: "u8",
+}
+
+
+def _cu_seqlens(*lengths: int) -> torch.Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0).int()
+
+
+def _attention() -> None:
+    from uncausal.kernels.attention import flash_attn_varlen_func
+
+    cu_seqlens = _cu_seqlens(300, 512)
+    for d in HEAD_DIMS:
+        q, k, v = (torch.randn(812, h, d, dtype=torch.bfloat16, requires_grad=True) for h in (4, 2, 2))
+        flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, 512, 512, backend="triton").sum().backward()
+
+
+def _info_nce() -> None:
+    from uncausal.kernels.info_nce import info_nce
+
+    for d in (128, 256, 768):
+        query, key = (torch.randn(512, d, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
+        info_nce(query, key, symmetric=True, backend="triton").backward()
+
+
+def _latent_pooling() -> None:
+    from uncausal.kernels.latent_pooling import LatentAttentionPooling, latent_attention_pool
+
+    layer = LatentAttentionPooling(1024, num_latents=512, num_heads=8).bfloat16()
+    hidden = torch.randn(812, 1024, dtype=torch.bfloat16, requires_grad=True)
+    latent_attention_pool(hidden, _cu_seqlens(300, 512), layer.fold(), backend="triton").sum().backward()
+
+
+def _flash_linear_attention(arch: str) -> None:
+    """The packed softmax attention of flash-linear-attention (causal), with the tiles it picks itself."""
+    from fla.ops.attn import parallel  # pyright: ignore[reportMissingImports]
+
+    def shared_memory(name: str = "", *_: Any) -> bool:
+        return ladder.ARCHS[arch].shared_program >= {"hopper": 232448, "ampere": 166912}.get(name, 0)
+
+    cu_seqlens = _cu_seqlens(300, 512).long()
+    chunks = torch.tensor([[0, 0], [0, 1], [0, 2], [1, 0], [1, 1], [1, 2], [1, 3]])
+    with mock.patch.object(parallel, "check_shared_mem", shared_memory):
+        for d in HEAD_DIMS:
+            q, k, v = (torch.randn(1, 812, h, d, dtype=torch.bfloat16) for h in (4, 2, 2))
+            lse = torch.randn(1, 812, 4)
+            packed = dict(scale=d**-0.5, cu_seqlens=cu_seqlens, chunk_indices=chunks)
+            parallel.parallel_attn_fwd(q, k, v, None, None, **packed)
+            backward = getattr(parallel.parallel_attn_bwd, "__wrapped__", parallel.parallel_attn_bwd)
+            backward(q, k, v, q, None, lse, q, **packed)
+
+
+KERNELS: dict[str, Callable[[], None]] = {
+    "attention": _attention,
+    "info_nce": _info_nce,
+    "latent_pooling": _latent_pooling,
+}
+PEERS: dict[str, tuple[str, Callable[[str], None], tuple[str, ...]]] = {
+    # name: distribution, driver, the architectures it has tiles for
+    "flash-linear-attention": ("flash-linear-attention", _flash_linear_attention, ("sm80", "sm90")),
+}
+
+
+def launches(kernel: str, arch: str) -> list[Launch]:
+    """List what a kernel of `KERNELS`, or a peer, launches on an architecture; a peer may have nothing."""
+    if kernel in KERNELS:
+        __import__(f"uncausal.kernels.{kernel}")
+        with recorded_launches(arch) as found:
+            KERNELS[kernel]()
+    else:
+        with recorded_launches(arch) as found:
+            if arch in PEERS[kernel][2]:
+                PEERS[kernel][1](arch)
+    return [launch for launch in found if "dot(" in launch.kernel.src or "_scores(" in launch.kernel.src]
+
+
+def row(kernel: str, arch: str, launch: Launch) -> dict[str, Any]:
+    """Compile one launch and return its line of the report."""
+    built = launch.compile(arch)
+    cost = main_loop(built)
+    tiles = {k: v for k, v in launch.constexprs if isinstance(v, int) and not isinstance(v, bool)}
+    return {
+        "kernel": kernel,
+        "function": launch.kernel.__name__,
+        "arch": arch,
+        "dtype": next((t[1:] for _, t in launch.signature if t in ("*bf16", "*fp16", "*fp32")), "?"),
+        "constants": tiles,
+        "warps": built.num_warps,
+        "stages": built.num_stages,
+        "registers": built.registers,
+        "spill_bytes": built.spill_bytes,
+        "shared_bytes": built.shared_bytes,
+        "occupancy": built.occupancy,
+        "matrix_instructions": built.matrix_instructions,
+        "problems": built.problems(),
+        **(
+            {}
+            if cost is None
+            else {"mma": cost.mma, "exp": cost.exp, "issue": cost.issue, "bound": cost.bound}
+        ),
+    }
+
+
+def report(kernels: Iterable[str], archs: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """Yield a line for each kernel, peer, architecture and distinct launch; peers only where installed."""
+    archs = list(archs)
+    for kernel in kernels:
+        if kernel in PEERS and not _installed(PEERS[kernel][0]):
+            print(f"{kernel}: not installed")
+            continue
+        for arch in archs:
+            for launch in launches(kernel, arch):
+                yield row(kernel, arch, launch)
+
+
+def _installed(distribution: str) -> bool:
+    try:
+        metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def table(rows: Iterable[dict[str, Any]]) -> str:
+    """Render report lines as a Markdown table."""
+    columns = "kernel,function,arch,dtype,D; tile,warps; stages,registers,spill B,shared B,programs/SM,"
+    columns = (columns + "matrix instructions,mma/exp/issue,bound").split(",")
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    for r in rows:
+        constants = r["constants"]
+        size = constants.get("D", constants.get("K", ""))
+        tile = "x".join(str(v) for k, v in constants.items() if k.startswith("BLOCK") or k in ("BT", "BS"))
+        units = ", ".join(sorted({name.split(".")[0] for name in r["matrix_instructions"]})) or "none"
+        cycles = f"{r['mma']:.0f}/{r['exp']:.0f}/{r['issue']:.0f}" if "mma" in r else ""
+        bound = f"{100 * r['bound']:.1f} %" if "bound" in r else ""
+        lines.append(
+            f"| {r['kernel']} | {r['function'].strip('_')} | {r['arch']} | {r['dtype']} | {size}, {tile} "
+            f"| {r['warps']}, {r['stages']} | {r['registers']} | {r['spill_bytes']} | {r['shared_bytes']:,} "
+            f"| {r['occupancy']} | {units} | {cycles} | {bound} |"
+        )
+    return "\n".join(lines)
+
+
+_PROVES = """What it proves: these launches compile for these architectures, fit their shared memory, and
+use the matrix instructions shown; spills are counted, not guessed. What it ranks: cycles of
+one iteration of the main loop on one SM (matrix unit / exponentials / issue slots; AMD:
+vector units), and `bound`, the share of the matrix unit's peak if nothing overlapped. What
+it does not prove: any speed. Latency, memory traffic, overlap between warps and programs,
+clocks and the grid are left out; only a run on the device tells. flash-linear-attention is
+causal only."""
+
+
+def render(rows: list[dict[str, Any]], path: Path = BENCH / "RESULTS.md") -> None:
+    """Write the section between the static markers of RESULTS.md, and add it where there is none."""
+    versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "triton"))
+    section = f"{BEGIN}\n\n## Static report\n\n{versions}.\n\n{_PROVES}\n\n{table(rows)}\n\n{END}"
+    text = path.read_text() if path.exists() else "# Results\n"
+    if BEGIN in text and END in text:
+        text = text[: text.index(BEGIN)] + section + text[text.index(END) + len(END) :]
+    else:
+        text = text.rstrip() + "\n\n" + section + "\n"
+    path.write_text(text)
+
+
+def main() -> None:
+    names = [*KERNELS, *PEERS]
+    parser = argparse.ArgumentParser(prog="python -m uncausal.bench.static", description=__doc__)
+    parser.add_argument("--json", type=Path, default=BENCH / "results" / "static.json")
+    parser.add_argument("--arch", nargs="+", choices=list(ladder.ARCHS), help="default: every shipped one")
+    parser.add_argument("--kernel", nargs="+", choices=names)
+    options = parser.parse_args()
+    from uncausal.kernels.launch import ARCHS
+
+    rows = list(report(options.kernel or names, options.arch or ARCHS))
+    print(table(rows))
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    options.json.write_text(json.dumps(rows, indent=1) + "\n")
+    if options.arch is None and options.kernel is None:  # a part of the report does not replace the whole
+        render(rows)
+
+
+if __name__ == "__main__":
+    main()
