@@ -98,9 +98,9 @@ def attention_config(kernel: str, d: int, itemsize: int, arch: str) -> dict[str,
     return dict(BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps, num_stages=num_stages)
 
 
-# InfoNCE: BLOCK_M, BLOCK_N, BLOCK_D, num_warps, num_stages by kernel, architecture and bytes per element. "lse"
-# and "weight" walk D in steps of BLOCK_D; "grad" holds all of D, its key says up to which. All compile without
-# spills with every option on.
+# InfoNCE: BLOCK_M, BLOCK_N, BLOCK_D, num_warps, num_stages by kernel, architecture and bytes per element.
+# "lse" and "weight" walk D in steps of BLOCK_D; "grad" holds all of D, its key says up to which.
+# All compile without spills with every option on.
 
 _INFO_NCE = {
     ("lse", "cuda", 2): (128, 128, 64, 8, 3),

@@ -500,6 +500,11 @@ def test_triton_on_device(b, m, d, k, options, dtype):
     check_triton(b, m, d, k, options, dtype, device="cuda")
 
 
+def test_sanitised():
+    """bf16, bounds and races, which the interpreter cannot judge; the larger case runs in `make sanitize`."""
+    ladder.sanitize(__file__, select="D64")
+
+
 def build(kernel, dtype, d, arch, precision="ieee"):
     """Compile a kernel with every option on, in the configuration that `launch.py` gives it."""
     from uncausal.kernels import info_nce_triton
