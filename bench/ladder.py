@@ -148,7 +148,7 @@ def compile_for(
     arch: str,
     *,
     num_warps: int = 4,
-    num_stages: int = 2,
+    num_stages: int | None = None,
     divisible: Iterable[str] | None = None,
     **options: Any,
 ) -> Compiled:
@@ -161,7 +161,7 @@ def compile_for(
             into `constexprs`.
         constexprs: argument name -> value.
         arch: a key of `ARCHS`.
-        num_warps, num_stages: launch options; further ones (`maxnreg`, `waves_per_eu`, ...) by name.
+        num_warps, num_stages: launch options (None: Triton's default); others (`maxnreg`, ...) by name.
         divisible: arguments known to be multiples of 16; by default all pointers and all called `stride*`.
 
     Returns:
@@ -187,20 +187,21 @@ def compile_for(
     if divisible is None:
         divisible = [n for n, t in signature.items() if t.startswith("*") or n.startswith("stride")]
     facts = ARCHS[arch]
+    stages = {} if num_stages is None else {"num_stages": num_stages}
     # the order of the signature is the order of the arguments
     types = {n: "constexpr" if n in constexprs else signature[n] for n in kernel.arg_names}
     attrs = {(kernel.arg_names.index(n),): [["tt.divisibility", 16]] for n in divisible if n in signature}
     built = triton.compile(
         ASTSource(kernel, signature=types, constexprs=dict(constexprs), attrs=attrs),
         target=GPUTarget(facts.backend, facts.capability, facts.warp_size),
-        options={"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True, **options},
+        options={"num_warps": num_warps, "enable_fp_fusion": True, **stages, **options},
     )
     read = _read_cubin if facts.backend == "cuda" else _read_amdgcn
     registers, spill_bytes, local_accesses, assembly = read(built.asm)
     return Compiled(
         arch=facts,
         num_warps=_total_warps(built.asm["ttgir"], num_warps),
-        num_stages=num_stages,
+        num_stages=built.metadata.num_stages,
         registers=registers,
         spill_bytes=spill_bytes,
         local_accesses=local_accesses,
