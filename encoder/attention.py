@@ -23,6 +23,7 @@ from uncausal.kernels.attention import flash_attn_func, flash_attn_varlen_func
 from uncausal.kernels.packing import PackedLayout, pack, unpack
 
 NAME = "uncausal"
+_WINDOW, _FULL = "_uncausal_window", "_uncausal_full"  # what a mask tells besides padding
 
 
 class _Batch(NamedTuple):
@@ -157,6 +158,9 @@ def uncausal_attention(
     is_causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     causal = bool(is_causal) and getattr(getattr(module, "config", None), "is_causal", True) is not False
     head_dim, width = query.shape[-1], value.shape[-1]
+    if isinstance(attention_mask, Tensor):
+        sliding_window = getattr(attention_mask, _WINDOW, sliding_window)
+        attention_mask = None if getattr(attention_mask, _FULL, False) else attention_mask
     batch = _find_batch(query, key, attention_mask, kwargs)
     max_seqlen = batch.layout.max_seqlen if batch else key.shape[2]
     options: dict[str, Any] = dict(
@@ -203,6 +207,7 @@ def uncausal_mask(
     local_size: int | None = None,
     use_vmap: bool = False,
     config: Any = None,
+    device: torch.device | str = "cpu",
     **kwargs,
 ) -> Tensor | None:
     """Hands the padding mask to the attention function; called by transformers once per batch.
@@ -210,7 +215,7 @@ def uncausal_mask(
     Without a mask function of its own an attention function silently attends padding.
 
     Returns:
-        (B, L) bool, true at real tokens, or None when nothing is padded.
+        (B, L) bool, true at real tokens, or None when nothing is padded and no window cuts the sequences.
 
     Raises:
         NotImplementedError: the model asks for a pattern other than causal, bidirectional or sliding window.
@@ -221,10 +226,17 @@ def uncausal_mask(
         )
     if local_size is not None and local_size != getattr(config, "sliding_window", None):
         raise NotImplementedError("uncausal attention does not support chunked attention; use sdpa or eager")
-    if attention_mask is None:
-        return None
-    attention_mask = attention_mask[:, -kv_length:]
-    return None if attention_mask.all() else attention_mask
+    if attention_mask is not None:
+        attention_mask = attention_mask[:, -kv_length:]
+        attention_mask = None if attention_mask.all() else attention_mask
+    if local_size is not None and local_size < kv_length:
+        # Some models leave the window to the mask and do not tell the attention function.
+        full = attention_mask is None
+        if full:
+            attention_mask = torch.ones(batch_size, kv_length, dtype=torch.bool, device=device)
+        setattr(attention_mask, _WINDOW, local_size)
+        setattr(attention_mask, _FULL, full)
+    return attention_mask
 
 
 AttentionInterface.register(NAME, uncausal_attention)

@@ -1,0 +1,80 @@
+"""Every family of the README's table, as a tiny random model, under all three attention implementations."""
+
+from functools import lru_cache
+from pathlib import Path
+
+import pytest
+import transformers
+
+from uncausal.bench import families
+from uncausal.bench.families import CAUSAL_BY_NATURE, FAMILIES, IMPLEMENTATIONS, probe_family, tiny_model
+from uncausal.encoder.conversion import NotBidirectionalError, assert_bidirectional, make_bidirectional
+
+# Attention implementations that the library does not offer for a family.
+MISSING = {
+    "gemma2": {"sdpa"},  # soft capping
+    "gpt_oss": {"sdpa"},  # attention sinks
+    "falcon": {"uncausal"},
+    "bloom": {"sdpa", "uncausal"},
+    "gptj": {"sdpa", "uncausal"},
+}
+
+
+@lru_cache
+def probed(model_type: str) -> families.Family:
+    return probe_family(model_type, **FAMILIES[model_type])
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_family_is_bidirectional(model_type):
+    family = probed(model_type)
+    missing = MISSING.get(model_type, set())
+    expected = {name: "not in the library" if name in missing else "yes" for name in IMPLEMENTATIONS}
+    assert family.verdicts == expected
+    assert family.disagreement < 1e-5
+
+
+def test_thirty_families_are_verified():
+    assert sum(probed(model_type).verified for model_type in FAMILIES) >= 30
+
+
+@pytest.mark.parametrize("model_type", CAUSAL_BY_NATURE)
+def test_causal_by_nature_is_refused(model_type):
+    overrides, part = CAUSAL_BY_NATURE[model_type]
+    model = make_bidirectional(tiny_model(model_type, "eager", **overrides))
+    with pytest.raises(NotBidirectionalError, match="stays causal") as caught:
+        assert_bidirectional(model)
+    assert caught.value.layer == part
+
+
+def test_config_switch_is_not_enough_for_every_family():
+    """StableLM and Nemotron read only their layers' own flag under sdpa without padding."""
+    needing = {model_type for model_type in FAMILIES if not probed(model_type).by_config}
+    assert {"stablelm", "nemotron"} <= needing
+    assert not needing & {"llama", "mistral", "qwen2", "qwen3", "gemma3_text"}
+
+
+def test_readme_table_is_what_the_probes_show():
+    readme = Path(__file__).parents[1] / "README.md"
+    text = readme.read_text(encoding="utf-8") if readme.exists() else ""
+    if families.BEGIN not in text or f"transformers {transformers.__version__}" not in text:
+        pytest.skip("README.md has no table for this version of transformers")
+    table = text.split(families.BEGIN)[1].split(families.END)[0].strip()
+    assert table == families.table(probed(model_type) for model_type in FAMILIES)
+
+
+def test_write_table_replaces_only_what_stands_between_the_markers(tmp_path):
+    path = tmp_path / "README.md"
+    path.write_text(f"above\n{families.BEGIN}\nold\n{families.END}\nbelow\n", encoding="utf-8")
+    families.write_table(path, [probed("llama")])
+    text = path.read_text(encoding="utf-8")
+    assert text.startswith("above\n") and text.endswith("\nbelow\n")
+    assert "old" not in text and "| Llama | yes | yes | yes | no | yes |" in text
+
+
+def test_write_table_wants_markers(tmp_path):
+    path = tmp_path / "README.md"
+    path.write_text("no markers", encoding="utf-8")
+    with pytest.raises(ValueError, match="families"):
+        families.write_table(path, [])
+    assert path.read_text(encoding="utf-8") == "no markers"
