@@ -11,8 +11,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import importlib
 import json
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
@@ -69,12 +69,12 @@ def recorded_launches(arch: str) -> Iterator[list[Launch]]:
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(JITFunction, "run", record))
-        for name, module in list(sys.modules.items()):
-            if name.startswith("uncausal.kernels."):
-                if hasattr(module, "architecture"):
-                    stack.enter_context(mock.patch.object(module, "architecture", lambda device: arch))
-                if hasattr(module, "resolve_backend"):
-                    stack.enter_context(mock.patch.object(module, "resolve_backend", lambda *_: "triton"))
+        for path in sorted((BENCH.parent / "kernels").glob("*.py")):  # all of them: some import others late
+            module = importlib.import_module(f"uncausal.kernels.{path.stem}")
+            if hasattr(module, "architecture"):
+                stack.enter_context(mock.patch.object(module, "architecture", lambda device: arch))
+            if hasattr(module, "resolve_backend"):
+                stack.enter_context(mock.patch.object(module, "resolve_backend", lambda *_: "triton"))
         yield launches
 
 
@@ -92,9 +92,8 @@ def _launch(kernel, args: tuple, kwargs: dict[str, Any]) -> Launch:
         number = value.data_ptr() if isinstance(value, torch.Tensor) else value
         if isinstance(number, int) and number % 16 == 0 and not parameter.do_not_specialize:
             divisible.append(parameter.name)
-    return Launch(
-        kernel, *(tuple(d.items()) for d in (signature, constexprs)), tuple(divisible), tuple(bound.items())
-    )
+    options = tuple(bound.items())
+    return Launch(kernel, tuple(signature.items()), tuple(constexprs.items()), tuple(divisible), options)
 
 
 def _type_of(value: Any) -> str | None:
@@ -132,7 +131,10 @@ def _attention() -> None:
     cu_seqlens = _cu_seqlens(300, 512)
     for d in HEAD_DIMS:
         q, k, v = (torch.randn(812, h, d, dtype=torch.bfloat16, requires_grad=True) for h in (4, 2, 2))
-        flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, 512, 512, backend="triton").sum().backward()
+        out = flash_attn_varlen_func(
+            q, k, v, cu_seqlens, cu_seqlens, return_attn_probs=True, backend="triton"
+        )
+        out[0].sum().backward()
 
 
 def _info_nce() -> None:
@@ -184,7 +186,6 @@ PEERS: dict[str, tuple[str, Callable[[str], None], tuple[str, ...]]] = {
 def launches(kernel: str, arch: str) -> list[Launch]:
     """List what a kernel of `KERNELS`, or a peer, launches on an architecture; a peer may have nothing."""
     if kernel in KERNELS:
-        __import__(f"uncausal.kernels.{kernel}")
         with recorded_launches(arch) as found:
             KERNELS[kernel]()
     else:
@@ -238,7 +239,7 @@ def budget_key(line: dict[str, Any]) -> str:
 
 
 def budget(rows: Iterable[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Reduce report lines to what `tests/test_static_budget.py` holds them to; the worst of equal keys counts."""
+    """Reduce report lines to what the budget test holds them to; of equal keys the worst counts."""
     found: dict[str, dict[str, float]] = {}
     for line in rows:
         entry = found.setdefault(budget_key(line), {"registers": 0, "bound": 1.0})
