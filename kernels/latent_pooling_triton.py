@@ -259,15 +259,17 @@ def _row_sum_kernel(
 
 
 # kernel: (BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages); the softmax's columns are all latents of a head
-_NVIDIA = {"softmax": (32, 0, 32, 8, 2), "mlp": (64, 64, 32, 4, 3), "plain": (32, 32, 32, 8, 2)}
+_AMPERE = {"softmax": (64, 0, 32, 8, 2), "mlp": (128, 64, 32, 8, 3), "plain": (32, 32, 32, 8, 2)}
+_HOPPER = {"softmax": (64, 0, 32, 8, 2), "mlp": (128, 64, 64, 8, 3), "plain": (64, 32, 32, 8, 2)}
+_CDNA = {"softmax": (64, 0, 32, 8, 2), "mlp": (128, 64, 32, 8, 2), "plain": (32, 16, 32, 8, 2)}
 CONFIGS = {
-    "sm80": _NVIDIA,
-    "sm86": _NVIDIA,
-    "sm90": _NVIDIA,
-    "sm100": _NVIDIA,
-    "sm120": _NVIDIA,
-    "gfx942": _NVIDIA,
-    "gfx950": _NVIDIA,
+    "sm80": _AMPERE,
+    "sm86": _AMPERE,
+    "sm90": _HOPPER,
+    "sm100": _HOPPER,
+    "sm120": _AMPERE,
+    "gfx942": _CDNA,
+    "gfx950": _CDNA,
 }
 
 
@@ -406,6 +408,7 @@ def plain_pool(
         return mlp_pool(probs, None, value, up_bias, weights, cu_seqlens, gated, False)[0]
     (tokens, d), width = x.shape, value.shape[0] // 2 if gated else value.shape[0]
     block_m, block_n, block_k, warps, stages = _config("plain", x.device)
+    block_n = max(16, block_n // 2) if gated else block_n  # two products a column
     tiles, ids = triton.cdiv(tokens, block_m), sequence_ids(cu_seqlens, tokens)
     partial = weights.new_empty(tiles + cu_seqlens.shape[0] - 1, width)
     _plain_pool_kernel[(tiles,)](
