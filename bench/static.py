@@ -184,7 +184,7 @@ PEERS: dict[str, tuple[str, Callable[[str], None], tuple[str, ...]]] = {
 
 
 def launches(kernel: str, arch: str) -> list[Launch]:
-    """List what a kernel of `KERNELS`, or a peer, launches on an architecture; a peer may have nothing."""
+    """List what a kernel of `KERNELS`, or a peer, launches on an architecture."""
     if kernel in KERNELS:
         with recorded_launches(arch) as found:
             KERNELS[kernel]()
@@ -276,13 +276,14 @@ def table(rows: Iterable[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-_PROVES = """What it proves: these launches compile for these architectures, fit their shared memory, and
-use the matrix instructions shown; spills are counted, not guessed. What it ranks: cycles of
-one iteration of the main loop on one SM (matrix unit / exponentials / issue slots; AMD:
-vector units), and `bound`, the share of the matrix unit's peak if nothing overlapped. What
-it does not prove: any speed. Latency, memory traffic, overlap between warps and programs,
-clocks and the grid are left out; only a run on the device tells. flash-linear-attention is
-causal only."""
+_PROVES = """What it proves: these launches compile for these architectures, fit their shared memory, and use the
+matrix instructions shown; spills are counted, not guessed. What it ranks: cycles of one iteration
+of the main loop on one SM (matrix unit / exponentials / issue slots; AMD: vector units), and
+`bound`, the share of the matrix unit's peak if nothing overlapped. What it does not prove: any
+speed. Latency, memory traffic, overlap between warps and programs, clocks and the grid are left
+out; only a run on the device tells. A kernel that walks D in an inner loop (InfoNCE's lse and
+weight, latent pooling) is counted in that product loop alone, without its exponentials. flash-
+linear-attention is causal only."""
 
 
 def render(rows: list[dict[str, Any]], path: Path = BENCH / "RESULTS.md") -> None:
