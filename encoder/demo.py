@@ -125,7 +125,7 @@ class Demo:
         """Add a row for every name=pooling; all poolings are scored on STS-B test in one pass."""
         pooling, config = encoder[1], encoder.backbone.config
         modes = [POOLING_MODES[name] for name in names.values()]
-        encoder[1] = Pooling(encoder[0].get_embedding_dimension(), modes, include_prompt=False)
+        encoder[1] = Pooling(encoder.transformer.get_embedding_dimension(), modes, include_prompt=False)
         scores = evaluate_sts_by_pooling(
             encoder, self.test, len(names), show_progress_bar=sys.stderr.isatty()
         )
@@ -176,7 +176,7 @@ def wikipedia() -> list[str]:
 
     dump = "test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
     with bz2.open(asset("gensim", dump)) as file:
-        pages = [filter_wiki(markup) for _, markup, _ in extract_pages(file, filter_namespaces=("0",))]
+        pages = [filter_wiki(markup) for _, markup, _ in extract_pages(file, filter_namespaces=("0",))]  # pyright: ignore[reportArgumentType]
     lines = (
         line.strip().replace("'''", "").replace("''", "") for page in pages for line in page.splitlines()
     )

@@ -6,7 +6,7 @@ import csv
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from scipy.stats import spearmanr
@@ -73,10 +73,12 @@ def evaluate_sts_by_pooling(
     start = time.perf_counter()
     vectors = encoder.encode(texts, convert_to_tensor=True, **encode_options)
     speed = tokens / (time.perf_counter() - start)
-    first, second = (torch.tensor([row[pair[side]] for pair in pairs]) for side in (0, 1))
+    first = torch.tensor([row[pair.first] for pair in pairs])
+    second = torch.tensor([row[pair.second] for pair in pairs])
     gold = [pair.score for pair in pairs]
     results = []
     for part in vectors.float().cpu().chunk(num_poolings, dim=1):
-        correlation = spearmanr(cosine_similarity(part[first], part[second]).numpy(), gold).statistic
+        cosines = cosine_similarity(part[first], part[second]).numpy()
+        correlation: Any = spearmanr(cosines, gold)[0]
         results.append(STSResult(100 * float(correlation), speed))
     return results

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -34,9 +35,9 @@ from uncausal.encoder.pruning import prune_layers
 
 logger = logging.getLogger(__name__)
 
-POOLING_MODES = {"mean": "mean", "weighted_mean": "weightedmean", "last_token": "lasttoken"}
+POOLING_MODES: dict[str, Any] = {"mean": "mean", "weighted_mean": "weightedmean", "last_token": "lasttoken"}
 PoolingName = Literal["mean", "weighted_mean", "last_token", "latent"]
-TEXT_ONLY = {"text": {"method": "forward", "method_output_name": "last_hidden_state"}}
+TEXT_ONLY: Any = {"text": {"method": "forward", "method_output_name": "last_hidden_state"}}
 LIBRARY_TRANSFORMER = f"{Transformer.__module__}.{Transformer.__name__}"
 WINDOW = 8192  # texts tokenised ahead of the model
 
@@ -76,7 +77,7 @@ class PackedTransformer(Transformer):
         check_not_empty(texts)
         assert self.tokenizer is not None
         prompted = [prompt + text for text in texts] if prompt else list(texts)
-        limit = max_length or self.max_seq_length
+        limit = max_length or self.max_seq_length or sys.maxsize
         options: dict[str, Any] = {"return_attention_mask": False, "return_token_type_ids": False}
         ids = self.tokenizer(prompted, truncation=True, max_length=limit, **options)["input_ids"]
         at_limit = [text for text, tokens in zip(prompted, ids, strict=True) if len(tokens) == limit]
@@ -197,14 +198,19 @@ class Encoder(SentenceTransformer):
         return encoder
 
     @property
+    def transformer(self) -> Any:
+        """The first module, a `PackedTransformer`."""
+        return self[0]
+
+    @property
     def backbone(self) -> Any:
         """The headless Hugging Face model."""
-        return self[0].model
+        return self.transformer.model
 
     @property
     def packed(self) -> bool:
         """Whether batches run without padding."""
-        return isinstance(self[0], PackedTransformer) and self[0].can_flatten_inputs
+        return isinstance(self.transformer, PackedTransformer) and self.transformer.can_flatten_inputs
 
     @property
     def pooling(self) -> str:
@@ -214,7 +220,7 @@ class Encoder(SentenceTransformer):
 
     def set_pooling(self, pooling: PoolingName) -> None:
         """Replace the pooling. Prompt tokens are attended but never pooled."""
-        width = self[0].get_embedding_dimension()
+        width = self.transformer.get_embedding_dimension()
         if pooling == "latent":
             from uncausal.encoder.pooling import LatentAttentionPooling
 
@@ -233,11 +239,12 @@ class Encoder(SentenceTransformer):
     @contextmanager
     def padded(self) -> Iterator[None]:
         """Run batches padded for a while, as the library does."""
-        packed, self[0].can_flatten_inputs = self[0].can_flatten_inputs, False
+        transformer = self.transformer
+        packed, transformer.can_flatten_inputs = transformer.can_flatten_inputs, False
         try:
             yield
         finally:
-            self[0].can_flatten_inputs = packed
+            transformer.can_flatten_inputs = packed
 
     @torch.inference_mode()
     def _inference(self, inputs: list, *, batch_tokens: int | None = None, **options: Any) -> Any:
@@ -249,7 +256,7 @@ class Encoder(SentenceTransformer):
             with self.padded():
                 return super()._inference(inputs, **options)
         device = self._resolve_inference_device(options.get("device"))
-        prompt, transformer = options["prompt"], self[0]
+        prompt, transformer = options["prompt"], self.transformer
         prompt_length = transformer._get_prompt_length(prompt) if prompt else None
         budget = batch_tokens or (1024 if device.type == "cpu" else 16384)
         self.eval()

@@ -118,7 +118,7 @@ def prune_layers(model: nn.Module, num_layers: int) -> nn.Module:
     del layers[num_layers:]
     config: Any = model.config
     config = config.get_text_config()
-    names = {config.attribute_map.get("num_hidden_layers", "num_hidden_layers"): num_layers}
+    names: dict[str, Any] = {config.attribute_map.get("num_hidden_layers", "num_hidden_layers"): num_layers}
     for name, value in vars(config).items():
         if isinstance(value, list) and len(value) == depth:
             names[name] = value[:num_layers]

@@ -32,7 +32,7 @@ _HOME = {
     "SimCSE": "encoder.stages",
     "train": "encoder.training",
 }
-__all__ = [*_HOME, "__version__"]
+__all__ = [*_HOME, "__version__"]  # pyright: ignore[reportUnsupportedDunderAll]
 
 if TYPE_CHECKING:
     from uncausal.encoder.conversion import assert_bidirectional, make_bidirectional
