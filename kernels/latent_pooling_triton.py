@@ -42,7 +42,6 @@ def _product(
     mask_n,
     D: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """Rows offs_m of x times rows offs_n of w, both (., D): fp32 [BLOCK_M, BLOCK_N]."""
     acc = tl.zeros((offs_m.shape[0], offs_n.shape[0]), dtype=tl.float32)
@@ -59,14 +58,14 @@ def _product(
             mask_n[:, None] & mask_k[None, :],
             other=0.0,
         )
-        acc = tl.dot(x, w.T, acc, input_precision=PRECISION)
+        acc = tl.dot(x, w.T, acc, input_precision="ieee")
     return acc
 
 
 @triton.jit
 def _preactivation(
     x_ptr, up_ptr, bias_ptr, offs_m, mask_m, offs_n, mask_n,
-    D: tl.constexpr, W: tl.constexpr, GATED: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, W: tl.constexpr, GATED: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """x up^T + bias at columns offs_n and, gated, at W + offs_n (else zeros), from one pass over x."""
     z = tl.zeros((offs_m.shape[0], offs_n.shape[0]), dtype=tl.float32)
@@ -76,10 +75,10 @@ def _preactivation(
         offs_k = start + tl.arange(0, BLOCK_K)[None, :]
         mask_x, mask_up = mask_m[:, None] & (offs_k < D), mask_n[:, None] & (offs_k < D)
         x = tl.load(x_rows + offs_k, mask_x, other=0.0)
-        z = tl.dot(x, tl.load(up_rows + offs_k, mask_up, other=0.0).T, z, input_precision=PRECISION)
+        z = tl.dot(x, tl.load(up_rows + offs_k, mask_up, other=0.0).T, z, input_precision="ieee")
         if GATED:
             up = tl.load(up_rows + (tl.cast(W, tl.int64) * D + offs_k), mask_up, other=0.0)
-            gate = tl.dot(x, up.T, gate, input_precision=PRECISION)
+            gate = tl.dot(x, up.T, gate, input_precision="ieee")
     z += tl.load(bias_ptr + offs_n, mask_n, other=0.0)[None, :]
     if GATED:
         gate += tl.load(bias_ptr + W + offs_n, mask_n, other=0.0)[None, :]
@@ -109,13 +108,13 @@ def _softmax_kernel(
     x_ptr, score_ptr, probs_ptr,
     T,
     D: tl.constexpr, H: tl.constexpr, R: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1)
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_r = tl.arange(0, BLOCK_R)
     mask_m, mask_r = offs_m < T, offs_r < R
-    scores = _product(x_ptr, score_ptr, offs_m, mask_m, head * R + offs_r, mask_r, D, BLOCK_K, PRECISION)
+    scores = _product(x_ptr, score_ptr, offs_m, mask_m, head * R + offs_r, mask_r, D, BLOCK_K)
     scores = tl.where(mask_r[None, :], scores, float("-inf"))
     probs = tl.exp(scores - tl.max(scores, axis=1)[:, None])
     probs = probs / tl.sum(probs, axis=1)[:, None]
@@ -154,14 +153,12 @@ def _mlp_pool_kernel(
     x_ptr, up_ptr, bias_ptr, weights_ptr, seq_ptr, partial_ptr,
     T,
     D: tl.constexpr, W: tl.constexpr, GATED: tl.constexpr, GROUP: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     tile, column = _tile(T, W, BLOCK_M, BLOCK_N, GROUP)
     offs_m, offs_n = tile * BLOCK_M + tl.arange(0, BLOCK_M), column * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_m, mask_n = offs_m < T, offs_n < W
-    z, gate = _preactivation(
-        x_ptr, up_ptr, bias_ptr, offs_m, mask_m, offs_n, mask_n, D, W, GATED, BLOCK_K, PRECISION
-    )
+    z, gate = _preactivation(x_ptr, up_ptr, bias_ptr, offs_m, mask_m, offs_n, mask_n, D, W, GATED, BLOCK_K)
     out = z * _gelu(gate) if GATED else _gelu(z)
     out *= tl.load(weights_ptr + offs_m, mask_m, other=0.0)[:, None]
     seq = tl.load(seq_ptr + offs_m, mask_m, other=-1)
@@ -175,15 +172,13 @@ def _mlp_pool_bwd_kernel(
     dinner_ptr, x_ptr, up_ptr, bias_ptr, weights_ptr, seq_ptr, dz_ptr,
     T,
     D: tl.constexpr, W: tl.constexpr, GATED: tl.constexpr, GROUP: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     tile, column = _tile(T, W, BLOCK_M, BLOCK_N, GROUP)
     offs_m, offs_n = tile * BLOCK_M + tl.arange(0, BLOCK_M), column * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_m, mask_n = offs_m < T, offs_n < W
     mask = mask_m[:, None] & mask_n[None, :]
-    z, gate = _preactivation(
-        x_ptr, up_ptr, bias_ptr, offs_m, mask_m, offs_n, mask_n, D, W, GATED, BLOCK_K, PRECISION
-    )
+    z, gate = _preactivation(x_ptr, up_ptr, bias_ptr, offs_m, mask_m, offs_n, mask_n, D, W, GATED, BLOCK_K)
     # loaded behind the products, whose accumulators would crowd them out of the registers
     seq = tl.load(seq_ptr + offs_m, mask_m, other=0).to(tl.int64)
     dout = tl.load(dinner_ptr + seq[:, None] * W + offs_n[None, :], mask, other=0.0)
@@ -202,12 +197,12 @@ def _plain_pool_kernel(
     x_ptr, score_ptr, value_ptr, bias_ptr, weights_ptr, seq_ptr, partial_ptr,
     T,
     D: tl.constexpr, H: tl.constexpr, R: tl.constexpr, W: tl.constexpr, GATED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0)
     offs_m, offs_r = tile * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, H * R)
     mask_m, mask_r = offs_m < T, offs_r < H * R
-    scores = _product(x_ptr, score_ptr, offs_m, mask_m, offs_r, mask_r, D, BLOCK_K, PRECISION)
+    scores = _product(x_ptr, score_ptr, offs_m, mask_m, offs_r, mask_r, D, BLOCK_K)
     if H > 1:
         scores = tl.reshape(scores, (BLOCK_M, H, R))
         probs = tl.exp(scores - tl.max(scores, axis=2, keep_dims=True))
@@ -225,11 +220,11 @@ def _plain_pool_kernel(
         mask_n = offs_n < W
         where = value_ptr + offs_n.to(tl.int64)[:, None] * (H * R) + offs_r[None, :]
         value = tl.load(where, mask_n[:, None], other=0.0)
-        z = tl.dot(probs, value.T, input_precision=PRECISION)
+        z = tl.dot(probs, value.T, input_precision="ieee")
         z += tl.load(bias_ptr + offs_n, mask_n, other=0.0)[None, :]
         if GATED:
             value = tl.load(where + W * H * R, mask_n[:, None], other=0.0)
-            gate = tl.dot(probs, value.T, input_precision=PRECISION)
+            gate = tl.dot(probs, value.T, input_precision="ieee")
             gate += tl.load(bias_ptr + W + offs_n, mask_n, other=0.0)[None, :]
             out = z * _gelu(gate)
         else:
@@ -278,10 +273,6 @@ def _config(kernel: str, device: torch.device) -> tuple[int, int, int, int, int]
     return CONFIGS[architecture(device)][kernel]
 
 
-def _precision(x: Tensor) -> str:
-    return "ieee" if x.dtype == torch.float32 else "tf32"
-
-
 def supports_plain(x: Tensor, score: Tensor, num_heads: int) -> bool:
     """Tell whether the plain form fits one kernel: 16 to 512 scores a token, in groups of a power of two."""
     latents = score.shape[0] // num_heads
@@ -297,7 +288,7 @@ def softmax(x: Tensor, norm: Norm, score: Tensor, num_heads: int) -> Tensor:
     block_m, _, block_k, warps, stages = _config("softmax", x.device)
     _softmax_kernel[(triton.cdiv(tokens, block_m), num_heads)](
         x, score, probs, tokens, D=d, H=num_heads, R=latents, BLOCK_M=block_m,
-        BLOCK_R=max(16, triton.next_power_of_2(latents)), BLOCK_K=block_k, PRECISION=_precision(x),
+        BLOCK_R=max(16, triton.next_power_of_2(latents)), BLOCK_K=block_k,
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return probs
@@ -353,8 +344,8 @@ def mlp_pool(
     partial = weights.new_empty(tiles + batch, width)
     _mlp_pool_kernel[(tiles * triton.cdiv(width, block_n),)](
         normalise(x, norm), up.contiguous(), up_bias, weights, ids, partial, tokens,
-        D=d, W=width, GATED=gated, GROUP=GROUP_M, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
-        PRECISION=_precision(x), num_warps=warps, num_stages=stages,
+        D=d, W=width, GATED=gated, GROUP=GROUP_M, 
+        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     inner = _reduce(partial, cu_seqlens, block_m)
     outer = _row_sums(x, weights, cu_seqlens[:-1], cu_seqlens[1:]) if residual else weights.new_empty(0)
@@ -383,7 +374,7 @@ def mlp_pool_backward(
         _mlp_pool_bwd_kernel[grid](
             dinner, normed, up, up_bias, weights[rows], ids[rows], dz, len(normed),
             D=x.shape[1], W=dinner.shape[1], GATED=gated, GROUP=GROUP_M, BLOCK_M=block_m, BLOCK_N=block_n,
-            BLOCK_K=block_k, PRECISION=_precision(x), num_warps=warps, num_stages=stages,
+            BLOCK_K=block_k, num_warps=warps, num_stages=stages,
         )  # fmt: skip
         dbias += dz.sum(0, dtype=dbias.dtype)
         grads.add(rows, normed, dz)
@@ -414,7 +405,7 @@ def plain_pool(
     _plain_pool_kernel[(tiles,)](
         x, score.contiguous(), value.contiguous(), up_bias, weights, ids, partial, tokens,
         D=d, H=num_heads, R=score.shape[0] // num_heads, W=width, GATED=gated,
-        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, PRECISION=_precision(x),
+        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return _reduce(partial, cu_seqlens, block_m)

@@ -276,6 +276,10 @@ def test_errors():
         layer(hidden)
     with pytest.raises(ValueError, match="activation"):
         LatentAttentionPooling(64, activation="relu")
+    with pytest.raises(ValueError, match="no float64"):
+        LatentAttentionPooling(64, 16, 1, backend="triton").double()(hidden, cu_seqlens)
+    with pytest.raises(ValueError, match="not folded"):
+        latent_attention_pool(hidden, cu_seqlens, layer.fold(tokens=1))
     with pytest.raises(ValueError, match="one head"):
         LatentAttentionPooling(64, project=False)
 
