@@ -276,7 +276,8 @@ def table(rows: Iterable[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-_PROVES = """What it proves: these launches compile for these architectures, fit their shared memory, and use the
+_PROVES = """\
+What it proves: these launches compile for these architectures, fit their shared memory, and use the
 matrix instructions shown; spills are counted, not guessed. What it ranks: cycles of one iteration
 of the main loop on one SM (matrix unit / exponentials / issue slots; AMD: vector units), and
 `bound`, the share of the matrix unit's peak if nothing overlapped. What it does not prove: any
