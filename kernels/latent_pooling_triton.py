@@ -262,7 +262,7 @@ CONFIGS = {
     "sm86": _AMPERE,
     "sm90": _HOPPER,
     "sm100": _HOPPER,
-    "sm120": _AMPERE,
+    "sm120": {**_AMPERE, "plain": (32, 32, 32, 4, 2)},  # with 8 warps the gated form spills
     "gfx942": _CDNA,
     "gfx950": _CDNA,
 }
