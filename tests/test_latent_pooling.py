@@ -413,12 +413,13 @@ def test_triton_slabs(monkeypatch):
 @pytest.mark.parametrize("form", ["released", "plain"])
 @pytest.mark.parametrize("d, latents", [(64, 16), (576, 64)], ids=["small", "large"])
 def test_triton_sanitised(form, d, latents):
+    """Several row and column tiles, and a tile with the end of one sequence and the start of another."""
     layer = rounded_layer(
-        torch.bfloat16, d, latents, 2, backend="triton", mlp_ratio=1, head_dim=32, **FORMS[form]
+        torch.bfloat16, d, latents, 2, backend="triton", mlp_ratio=2, head_dim=32, **FORMS[form]
     )
     plan = "mlp" if form == "plain" else "attention"
     layer.cheapest_fold = lambda tokens=None: plan
-    check_ladder(layer.to("cuda"), [1, 50, 40], torch.bfloat16, "cuda")
+    check_ladder(layer.to("cuda"), [1, 100, 49], torch.bfloat16, "cuda")
 
 
 def test_interpreted():
