@@ -38,10 +38,6 @@ def uncausal(query: Tensor, key: Tensor) -> Tensor:
     return info_nce(query, key, temperature=TEMPERATURE)
 
 
-def symmetric(query: Tensor, key: Tensor) -> Tensor:
-    return info_nce(query, key, temperature=TEMPERATURE, symmetric=True)
-
-
 def _sentence_transformers() -> dict[str, Provider]:
     from sentence_transformers.sentence_transformer.losses import (
         CachedMultipleNegativesRankingLoss,

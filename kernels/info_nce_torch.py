@@ -124,7 +124,7 @@ class Pairs:
         for i in range(self.hard.shape[1]):
             dq.addcmul_(self.hard[:, i], hard_coef[:, i, None])
         dhard = hard_coef[:, :, None] * self.qs[:, None, :]
-        dtemperature = -torch.linalg.vecdot(self.qs, dq).sum() / self.temperature
+        dtemperature = -(self.qs * dq).sum() / self.temperature
         return [dq.div_(self.temperature), dhard, dtemperature]
 
 
