@@ -22,6 +22,7 @@ from sentence_transformers.sentence_transformer.data_collator import SentenceTra
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from uncausal.encoder import attention as packed_attention
 from uncausal.encoder.adapters import load_trainable, save_trainable
@@ -113,8 +114,16 @@ def autocast_forward(backbone: Any, enabled: bool) -> Iterator[None]:
     if not enabled:
         yield
         return
-    original = backbone.forward
+    original, attend = backbone.forward, packed_attention.uncausal_attention
     device = next(backbone.parameters()).device.type
+
+    def attend_in_bf16(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        # Rotary embedding leaves queries and keys in float32; torch casts other attentions itself. Inside,
+        # autocast would take the softmax out of the float32 that the operator asks for.
+        with torch.autocast(device, enabled=False):
+            return attend(module, query.bfloat16(), key.bfloat16(), value.bfloat16(), *args, **kwargs)
 
     @wraps(original)
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -122,10 +131,12 @@ def autocast_forward(backbone: Any, enabled: bool) -> Iterator[None]:
             return original(*args, **kwargs)
 
     backbone.forward = forward
+    ALL_ATTENTION_FUNCTIONS[packed_attention.NAME] = attend_in_bf16
     try:
         yield
     finally:
         del backbone.forward
+        del ALL_ATTENTION_FUNCTIONS[packed_attention.NAME]  # uncovers the registered function
 
 
 class MaskedNextToken(nn.Module):
