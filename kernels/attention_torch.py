@@ -1,104 +1,115 @@
-"""Bidirectional packed attention in torch operations: the CPU path, and the dropout mask that every path
-shares.
+"""Packed attention in torch operations: the CPU path, and the dropout mask that every path shares.
 
-Sequences of like length form a bucket of dense matrix products; the G query heads of a key head are folded
-into rows, so that keys are never repeated. Scores exist for one bucket at a time, in blocks of rows: memory
-is linear in the tokens. Backward recomputes them from the log-sum-exp.
+A sequence of some length goes to torch's own flash kernel, queries as they lie and keys repeated. Shorter
+ones, and everything that kernel can't do (dropout, windows, softcap, a gradient of the log-sum-exp), form
+buckets of like length, computed by dense matrix products with the G heads folded into rows, about
+BLOCK_SCORES scores at a time. So memory is linear in the tokens.
 
 Layout legend: T packed tokens, H heads, HK key heads, G = H / HK, D head dimension.
 """
 
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-BLOCK_SCORES = 1 << 18  # scores alive at a time: 1 MB in fp32, the second-level cache of one core
+BLOCK_SCORES = 1 << 18  # 1 MB in fp32, the second-level cache of one core
+DIRECT_LENGTH = 48  # sequences from here on run faster through torch's kernel (measured on two cores)
 PHILOX_ROUNDS = 7  # the fewest rounds that pass BigCrush (Salmon et al., 2011, table 2)
 
 
-class Bucket(NamedTuple):
-    """Sequences computed together; (rows) and (keys) are their slices of the gathered tensors."""
+class Options(NamedTuple):
+    """What every score goes through."""
 
-    rows: slice
-    keys: slice
-    num_seqs: int
-    len_q: int
-    len_k: int
-    start_q: Tensor  # (n,) int64, first packed query
-    start_k: Tensor  # (n,) int64, first packed key
-    lens_q: Tensor  # (n,) int64
-    lens_k: Tensor  # (n,) int64
-    ragged: bool  # whether some sequence has fewer than len_k keys
+    scale: float
+    left: int
+    right: int
+    softcap: float
+    dropout_p: float
+    seed: int
+
+
+class Side(NamedTuple):
+    """The queries or the keys of a bucket of n sequences, padded to one length."""
+
+    start: Tensor  # (n,) int64, first packed token
+    count: Tensor  # (n,) int64, tokens
+    length: int  # max(count)
+    index: Tensor  # (n * HK * length,) int64 rows of (T * HK, ...); padding repeats a sequence's last token
+    places: Tensor | None  # places that are not padded, or None where no place is
+
+    def gather(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Gather (T * HK, G * E) into (n * HK, length * G, E), E known from the caller's view."""
+        return x.index_select(0, self.index).to(dtype)
+
+    def scatter(self, x: Tensor, into: Tensor) -> None:
+        """Write gathered rows back, without the padding."""
+        if self.places is None:
+            into.index_copy_(0, self.index, x.to(into.dtype))
+        else:
+            into.index_copy_(0, self.index[self.places], x.index_select(0, self.places).to(into.dtype))
+
+
+class Bucket(NamedTuple):
+    """Sequences of like length, computed together."""
+
+    q: Side
+    k: Side
 
 
 class Plan(NamedTuple):
-    """How packed tensors become buckets (gather) and how results come back (scatter, itself a gather)."""
+    """Which sequences are computed alone, as (query slice, key slice), and which together."""
 
+    direct: tuple[tuple[slice, slice], ...]
     buckets: tuple[Bucket, ...]
-    gather_q: Tensor
-    gather_k: Tensor
-    scatter_q: Tensor
-    scatter_k: Tensor
-    padding: Tensor  # places of the gathered rows that repeat another one
+    heads: int  # HK
+    group: int  # G
+    idle_q: bool  # whether some query, or some key, has no partner: its results are set beforehand
+    idle_k: bool
 
 
 @lru_cache(maxsize=32)
-def plan_buckets(
-    cu_q: tuple[int, ...], cu_k: tuple[int, ...], group: int, heads: int, device: torch.device
+def plan_batch(
+    cu_q: tuple[int, ...], cu_k: tuple[int, ...], heads: int, group: int, direct: bool, device: torch.device
 ) -> Plan:
-    """Sort sequences into buckets of like length; every layer of a batch finds the same plan again."""
-    lens = [(cu_q[i + 1] - cu_q[i], cu_k[i + 1] - cu_k[i], i) for i in range(len(cu_q) - 1)]
-    lens = sorted((x for x in lens if x[0] and x[1]), reverse=True)
-    groups: list[list[tuple[int, int, int]]] = []
-    for lq, lk, i in lens:
-        if groups:
-            top_q, top_k = groups[-1][0][0], max(x[1] for x in groups[-1])
-            near = top_q <= lq + max(lq // 16, 3) and abs(top_k - lk) <= max(min(top_k, lk) // 16, 3)
-            small = (len(groups[-1]) + 1) * heads * group * top_q * max(top_k, lk) <= BLOCK_SCORES
-            if near and small:
-                groups[-1].append((lq, lk, i))
+    """Sort the sequences of a batch; every layer finds the same plan again."""
+    alone, members = [], []
+    idle_q = idle_k = False
+    for q0, q1, k0, k1 in zip(cu_q, cu_q[1:], cu_k, cu_k[1:], strict=False):
+        if q0 == q1 or k0 == k1:
+            idle_q |= q0 < q1
+            idle_k |= k0 < k1
+        elif direct and q1 - q0 >= DIRECT_LENGTH:
+            alone.append((slice(q0, q1), slice(k0, k1)))
+        else:
+            members.append((q1 - q0, k1 - k0, q0, k0))
+    buckets: list[list[tuple[int, int, int, int]]] = []
+    for member in sorted(members, reverse=True):
+        if buckets:
+            longest = buckets[-1][0][0], max(m[1] for m in buckets[-1])
+            near = all(abs(top - n) <= max(n // 16, 3) for top, n in zip(longest, member[:2], strict=True))
+            scores = (len(buckets[-1]) + 1) * heads * group * longest[0] * max(longest[1], member[1])
+            if near and scores <= BLOCK_SCORES:
+                buckets[-1].append(member)
                 continue
-        groups.append([(lq, lk, i)])
-
-    buckets, sides = [], ([], [])
-    ends = [0, 0]
-    for members in groups:
-        size = max(x[0] for x in members), max(x[1] for x in members)
-        slices = []
-        for side, cu in enumerate((cu_q, cu_k)):
-            first = torch.tensor([cu[x[2]] for x in members])
-            count = torch.tensor([x[side] for x in members])
-            # padded places repeat the sequence's own last token: no other sequence can leak in
-            token = first[:, None] + torch.minimum(torch.arange(size[side]), count[:, None] - 1)
-            index = token[:, None, :] * heads + torch.arange(heads)[:, None]  # [n, HK, L]
-            sides[side].append((index, torch.arange(size[side]) < count[:, None]))
-            slices.append((slice(ends[side], ends[side] + index.numel()), first, count))
-            ends[side] += index.numel()
-        (rows, start_q, lens_q), (keys, start_k, lens_k) = slices
-        ragged = bool((lens_k < size[1]).any())
-        buckets.append(Bucket(rows, keys, len(members), *size, start_q, start_k, lens_q, lens_k, ragged))
-
-    maps = []
-    for side, cu in enumerate((cu_q, cu_k)):
-        gather = (
-            torch.cat([index.flatten() for index, _ in sides[side]]) if buckets else torch.zeros(0).long()
-        )
-        valid = [keep[:, None].expand(-1, heads, -1).flatten() for _, keep in sides[side]]
-        place = torch.cat(valid).nonzero().squeeze(1) if buckets else gather
-        # sequences without a partner on the other side read the row behind the last one, which holds the
-        # neutral value
-        scatter = torch.full((cu[-1] * heads,), len(gather))
-        scatter[gather[place]] = place
-        maps += [gather, scatter]
-    padding = [~keep[:, None].expand(-1, heads, -1).flatten() for _, keep in sides[0]]
-    padding = torch.cat(padding).nonzero().squeeze(1) if buckets else torch.zeros(0).long()
-    moved = [
-        b._replace(**{f: getattr(b, f).to(device) for f in ("start_q", "start_k", "lens_q", "lens_k")})
+        buckets.append([member])
+    sides = [
+        Bucket(*(_side([m[i + 2] for m in b], [m[i] for m in b], heads, device) for i in (0, 1)))
         for b in buckets
     ]
-    return Plan(tuple(moved), *(x.to(device) for x in (maps[0], maps[2], maps[1], maps[3], padding)))
+    return Plan(tuple(alone), tuple(sides), heads, group, idle_q, idle_k)
+
+
+def _side(starts: list[int], counts: list[int], heads: int, device: torch.device) -> Side:
+    start, count = torch.tensor(starts), torch.tensor(counts)
+    place = torch.arange(max(counts))
+    token = start[:, None] + torch.minimum(place, count[:, None] - 1)
+    index = (token[:, None] * heads + torch.arange(heads)[:, None]).flatten()  # [n, HK, length]
+    real = (place < count[:, None])[:, None].expand(-1, heads, -1).flatten()
+    places = None if min(counts) == max(counts) else real.nonzero().squeeze(1).to(device)
+    return Side(start.to(device), count.to(device), max(counts), index.to(device), places)
 
 
 def philox_keep(
@@ -119,23 +130,30 @@ def philox_keep(
 
     Returns:
         bool, (*S, 32 * groups).
+
+    Source: Salmon et al., Parallel random numbers: as easy as 1, 2, 3 (2011), section 3.3.
     """
-    rows, heads, first_group = rows[..., None], heads[..., None], first_group[..., None]
     low = 0xFFFFFFFF
-    c0, c1 = rows & low, first_group * 4 + torch.arange(4 * groups, device=rows.device)
-    c2, c3 = heads, torch.zeros_like(c0)
+    c1 = first_group[..., None] * 4 + torch.arange(4 * groups, device=rows.device)
+    c0, c2 = (x[..., None].expand_as(c1) for x in (rows, heads))
+    c3 = torch.zeros((), dtype=torch.int64, device=rows.device)
     k0, k1 = seed & low, seed >> 32 & low
     for _ in range(PHILOX_ROUNDS):
         a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57
-        c0, c1, c2, c3 = (b >> 32 & low) ^ c1 ^ k0, b & low, (a >> 32 & low) ^ c3 ^ k1, a & low
+        # the upper halves of c1 and c3 hold garbage, which the last mask removes
+        c0 = (b >> 32).bitwise_xor_(c1).bitwise_xor_(k0).bitwise_and_(low)
+        c2 = (a >> 32).bitwise_xor_(c3).bitwise_xor_(k1).bitwise_and_(low)
+        c1, c3 = b, a
         k0, k1 = (k0 + 0x9E3779B9) & low, (k1 + 0xBB67AE85) & low
-    words = [c.unflatten(-1, (groups, 4)) for c in torch.broadcast_tensors(c0, c1, c2, c3)]
-    bits = torch.stack(words, -2).to(torch.int32).view(torch.int16)  # [..., groups, 4, 8]: half, lowest first
-    return bits.flatten(-3) >= dropout_threshold(dropout_p) - 32768
+    bits = c1.new_empty(*c1.shape[:-1], groups, 4, 4, dtype=torch.int32)
+    for word, c in enumerate((c0, c1, c2, c3)):
+        bits[..., word, :] = c.unflatten(-1, (groups, 4))  # keeps the lower half
+    halves = bits.view(torch.int16).flatten(-3)  # the lowest half comes first
+    return halves >= dropout_threshold(dropout_p) - 32768
 
 
 def dropout_threshold(dropout_p: float) -> int:
-    """Return the number of 16-bit values that dropout drops."""
+    """Return how many of the 65536 values of 16 bits dropout drops."""
     return min(round(dropout_p * 65536), 65535)
 
 
@@ -154,47 +172,27 @@ def dropout_keep(
     return keep.gather(-1, index.view(-1, *[1] * (rows.dim() - 1), len_k).expand(*rows.shape, -1))
 
 
-class Options(NamedTuple):
-    """What every score goes through."""
-
-    scale: float
-    left: int
-    right: int
-    softcap: float
-    dropout_p: float
-    seed: int
-    heads: int  # HK
-    group: int  # G
+def _row_slices(bucket: Bucket, plan: Plan) -> Iterator[slice]:
+    """Cut a bucket's rows (token, head of the group) so that a slice has about BLOCK_SCORES scores."""
+    rows = bucket.q.length * plan.group
+    step = max(BLOCK_SCORES // (len(bucket.q.start) * plan.heads * bucket.k.length), 16)
+    for begin in range(0, rows, step):
+        yield slice(begin, min(begin + step, rows))
 
 
-class Block(NamedTuple):
-    """Some rows of a bucket: their slice of the gathered rows, and which of them per key head."""
-
-    bucket: Bucket
-    begin: int  # first row per key head
-    end: int
-
-
-def blocks_of(bucket: Bucket, opts: Options):
-    """Cut a bucket's rows into about BLOCK_SCORES scores each, the heads of a token together."""
-    step = max(BLOCK_SCORES // (bucket.num_seqs * opts.heads * bucket.len_k * opts.group), 16) * opts.group
-    for begin in range(0, bucket.len_q * opts.group, step):
-        yield Block(bucket, begin, min(begin + step, bucket.len_q * opts.group))
-
-
-def visible(block: Block, opts: Options) -> Tensor | None:
+def _visible(bucket: Bucket, rows: slice, group: int, opts: Options) -> Tensor | None:
     """Return the (n, 1, rows or 1, len_k) bool mask of visible keys, or None where every key is visible."""
-    b = block.bucket
+    q, k = bucket
     windowed = opts.left >= 0 or opts.right >= 0
-    if not (windowed or b.ragged):
+    if k.places is None and not windowed:
         return None
-    key = torch.arange(b.len_k, device=b.start_q.device)
-    mask = (key < b.lens_k[:, None])[:, None, None]
+    key = torch.arange(k.length, device=k.start.device)
+    mask = (key < k.count[:, None])[:, None, None]
     if windowed:
-        row = torch.arange(block.begin, block.end, device=key.device) // opts.group
+        token = torch.arange(rows.start, rows.stop, device=key.device) // group
         diagonal = (
-            row[:, None] + (b.lens_k - b.lens_q)[:, None, None, None]
-        )  # flash-attn aligns the last row and key
+            token[:, None] + (k.count - q.count)[:, None, None, None]
+        )  # the last query faces the last key
         if opts.left >= 0:
             mask = mask & (key >= diagonal - opts.left)
         if opts.right >= 0:
@@ -202,7 +200,7 @@ def visible(block: Block, opts: Options) -> Tensor | None:
     return mask
 
 
-def scores_of(q: Tensor, k: Tensor, block: Block, opts: Options) -> tuple[Tensor, Tensor | None]:
+def _scores(q: Tensor, k: Tensor, mask: Tensor | None, opts: Options) -> tuple[Tensor, Tensor | None]:
     """Return the (n * HK, rows, len_k) scores, and the derivative of the softcap."""
     slope = None
     scores = torch.baddbmm(q.new_empty(()), q, k.mT, beta=0, alpha=opts.scale)
@@ -210,32 +208,28 @@ def scores_of(q: Tensor, k: Tensor, block: Block, opts: Options) -> tuple[Tensor
         scores = scores.div_(opts.softcap).tanh_()
         slope = 1 - scores.square()
         scores.mul_(opts.softcap)
-    mask = visible(block, opts)
     if mask is not None:
-        scores.unflatten(0, (block.bucket.num_seqs, -1)).masked_fill_(~mask, -torch.inf)
+        scores.unflatten(0, (len(mask), -1)).masked_fill_(~mask, -torch.inf)
     return scores, slope
 
 
-def drop_of(block: Block, opts: Options) -> Tensor | None:
+def _keep(bucket: Bucket, rows: slice, plan: Plan, opts: Options) -> Tensor | None:
     """Return which scores dropout keeps, (n * HK, rows, len_k) bool, or None without dropout."""
     if opts.dropout_p == 0:
         return None
-    b = block.bucket
-    row = torch.arange(block.begin, block.end, device=b.start_q.device)
-    head = torch.arange(opts.heads, device=row.device)[:, None] * opts.group + row % opts.group
-    rows = (b.start_q[:, None] + row // opts.group)[:, None]
-    return dropout_keep(opts.seed, opts.dropout_p, rows, head[None], b.start_k, b.len_k).flatten(0, 1)
+    q, k = bucket
+    row = torch.arange(rows.start, rows.stop, device=q.start.device)
+    head = torch.arange(plan.heads, device=row.device)[:, None] * plan.group + row % plan.group
+    token = q.start[:, None, None] + row // plan.group
+    return dropout_keep(opts.seed, opts.dropout_p, token, head[None], k.start, k.length).flatten(0, 1)
 
 
-def gathered(x: Tensor, index: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
-    """Gather the rows of (T, heads, ...) in bucket order: (len(index), -1)."""
-    return x.reshape(x.shape[0] * heads, -1).index_select(0, index).to(dtype)
-
-
-def scattered(x: Tensor, index: Tensor, neutral: float, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Return bucket-ordered rows to the packed order; rows that no bucket computed become `neutral`."""
-    x[-1] = neutral
-    return x.index_select(0, index).view(shape).to(dtype)
+def _dense(x: Tensor, part: slice, group: int, dtype: torch.dtype) -> Tensor:
+    """Take some tokens of (T, H, D), each head `group` times, as (1, group * H, L, D)."""
+    x = x[part].to(dtype)
+    if group > 1:
+        x = x[:, :, None].expand(-1, -1, group, -1).flatten(1, 2)
+    return x.transpose(0, 1)[None]
 
 
 def attention_forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, opts: Options) -> tuple[Tensor, Tensor]:
@@ -243,35 +237,41 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, opts: Options
 
     Args:
         q: (T, H, D). k, v: (Tk, HK, D).
-        plan: from `plan_buckets`.
+        plan: from `plan_batch`.
         opts: the options of the call; a dropout_p above 0 drops exactly the scores that `philox_keep` tells.
     """
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    heads, group, dim = opts.heads, opts.group, q.shape[2]
-    qs = gathered(q, plan.gather_q, heads, dtype)
-    ks, vs = (gathered(x, plan.gather_k, heads, dtype) for x in (k, v))
-    outs = qs.new_empty(len(qs) + 1, group * dim)
-    lses = qs.new_empty(len(qs) + 1, group)
-    keep_scale = 65536 / (65536 - dropout_threshold(opts.dropout_p))
+    out = q.new_empty(q.shape)
+    lse = q.new_empty(q.shape[:2], dtype=dtype)  # (T, H), as the rows of a bucket need it
+    if plan.idle_q:
+        out.zero_()
+        lse.fill_(-torch.inf)
+    for rows, keys in plan.direct:
+        qi, ki, vi = _dense(q, rows, 1, dtype), *(_dense(x, keys, plan.group, dtype) for x in (k, v))
+        o, l = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(qi, ki, vi, scale=opts.scale)
+        out[rows] = o[0].transpose(0, 1)
+        lse[rows] = l[0].t()
+    dim, keep_scale = q.shape[2], 65536 / (65536 - dropout_threshold(opts.dropout_p))
+    q, out_rows, lse_rows = (x.reshape(-1, plan.group * n) for x, n in ((q, dim), (out, dim), (lse, 1)))
+    k, v = k.reshape(-1, dim), v.reshape(-1, dim)
     for bucket in plan.buckets:
-        batch = bucket.num_seqs * heads
-        kb, vb = (x[bucket.keys].view(batch, -1, dim) for x in (ks, vs))
-        qb, ob = (x[bucket.rows].view(batch, -1, dim) for x in (qs, outs))
-        lb = lses[bucket.rows].view(batch, -1, 1)
-        for block in blocks_of(bucket, opts):
-            rows = slice(block.begin, block.end)
-            p, _ = scores_of(qb[:, rows], kb, block, opts)
+        batch = len(bucket.q.start) * plan.heads
+        qb = bucket.q.gather(q, dtype).view(batch, -1, dim)
+        kb, vb = (bucket.k.gather(x, dtype).view(batch, -1, dim) for x in (k, v))
+        ob, lb = torch.empty_like(qb), qb.new_empty(*qb.shape[:2], 1)
+        for rows in _row_slices(bucket, plan):
+            p, _ = _scores(qb[:, rows], kb, _visible(bucket, rows, plan.group, opts), opts)
             top = p.amax(-1, keepdim=True).clamp_min_(torch.finfo(dtype).min)
             p.sub_(top).exp_()
             total = p.sum(-1, keepdim=True)
             lb[:, rows] = total.log().add_(top)
-            keep = drop_of(block, opts)
+            keep = _keep(bucket, rows, plan, opts)
             if keep is not None:
                 p.mul_(keep)
-                total = total / keep_scale
+                total.div_(keep_scale)
             ob[:, rows] = torch.bmm(p, vb).div_(total.clamp_min_(torch.finfo(dtype).tiny))
-    out = scattered(outs, plan.scatter_q, 0, tuple(q.shape), q.dtype)
-    lse = scattered(lses, plan.scatter_q, -torch.inf, tuple(q.shape[:2]), dtype)
+        bucket.q.scatter(ob.view(-1, plan.group * dim), out_rows)
+        bucket.q.scatter(lb.view(-1, plan.group), lse_rows)
     return out, lse.t().contiguous()
 
 
@@ -286,44 +286,68 @@ def attention_backward(
     plan: Plan,
     opts: Options,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return dq, dk, dv of `attention_forward` given those of out (T, H, D) and lse (H, T)."""
+    """Return dq, dk, dv of `attention_forward`, given the gradients of out (T, H, D) and lse (H, T).
+
+    The plan must not send sequences to torch's kernel when dlse is given.
+    """
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    heads, dim = opts.heads, q.shape[2]
-    delta = (out.to(dtype) * dout).sum(-1)  # (T, H)
-    if dlse is not None:
-        delta -= dlse.t()
-    qs, dos, lses, deltas = (gathered(x, plan.gather_q, heads, dtype) for x in (q, dout, lse.t(), delta))
-    ks, vs = (gathered(x, plan.gather_k, heads, dtype) for x in (k, v))
-    dos.index_fill_(0, plan.padding, 0)
-    deltas.index_fill_(0, plan.padding, 0)
-    dqs = qs.new_empty(len(qs) + 1, qs.shape[1])
-    dks, dvs = ks.new_empty(len(ks) + 1, dim), vs.new_empty(len(vs) + 1, dim)
-    lses.clamp_min_(torch.finfo(dtype).min)
-    keep_scale = 65536 / (65536 - dropout_threshold(opts.dropout_p))
+    dq, dk, dv = (
+        x.new_zeros(x.shape) if idle else x.new_empty(x.shape)
+        for x, idle in ((q, plan.idle_q), (k, plan.idle_k), (v, plan.idle_k))
+    )
+    for rows, keys in plan.direct:
+        qi, oi, doi = (_dense(x, rows, 1, dtype) for x in (q, out, dout))
+        ki, vi = (_dense(x, keys, plan.group, dtype) for x in (k, v))
+        grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            doi, qi, ki, vi, oi, lse[None, :, rows], 0.0, False, scale=opts.scale
+        )
+        dq[rows] = grads[0][0].transpose(0, 1)
+        for into, grad in ((dk, grads[1]), (dv, grads[2])):
+            parts = grad[0].transpose(0, 1).unflatten(1, (-1, plan.group)).unbind(2)
+            into[keys] = sum(parts[1:], parts[0])
+    if plan.buckets:
+        _backward_buckets(dout, dlse, q, k, v, out, lse, dq, dk, dv, plan, opts, dtype)
+    return dq, dk, dv
+
+
+def _backward_buckets(
+    dout, dlse, q, k, v, out, lse, dq, dk, dv, plan: Plan, opts: Options, dtype: torch.dtype
+):
+    dim, keep_scale = q.shape[2], 65536 / (65536 - dropout_threshold(opts.dropout_p))
+    lse = lse.t().reshape(-1, plan.group)
+    dlse = None if dlse is None else dlse.t().reshape(-1, plan.group)
+    q, out, dout, dq = (x.reshape(-1, plan.group * dim) for x in (q, out, dout, dq))
+    k, v, dk, dv = (x.reshape(-1, dim) for x in (k, v, dk, dv))
     for bucket in plan.buckets:
-        batch = bucket.num_seqs * heads
-        kb, vb, dkb, dvb = (x[bucket.keys].view(batch, -1, dim) for x in (ks, vs, dks, dvs))
-        qb, dob, dqb = (x[bucket.rows].view(batch, -1, dim) for x in (qs, dos, dqs))
-        lb, deltab = (x[bucket.rows].view(batch, -1, 1) for x in (lses, deltas))
-        for block in blocks_of(bucket, opts):
-            rows = slice(block.begin, block.end)
-            qr, dor = qb[:, rows], dob[:, rows]
-            p, slope = scores_of(qr, kb, block, opts)
+        batch = len(bucket.q.start) * plan.heads
+        qb, ob, dob = (bucket.q.gather(x, dtype).view(batch, -1, dim) for x in (q, out, dout))
+        kb, vb = (bucket.k.gather(x, dtype).view(batch, -1, dim) for x in (k, v))
+        lb = bucket.q.gather(lse, dtype).view(batch, -1, 1).clamp_min_(torch.finfo(dtype).min)
+        delta = (ob * dob).sum(-1, keepdim=True)
+        if dlse is not None:
+            delta -= bucket.q.gather(dlse, dtype).view(batch, -1, 1)
+        if bucket.q.places is not None:  # padded rows must add nothing to the keys' gradients
+            real = torch.arange(bucket.q.length, device=q.device) < bucket.q.count[:, None]
+            real = real.repeat_interleave(plan.heads, 0).repeat_interleave(plan.group, 1)[..., None]
+            dob.masked_fill_(~real, 0)
+            delta.masked_fill_(~real, 0)
+        dqb, dkb, dvb = torch.empty_like(qb), torch.empty_like(kb), torch.empty_like(vb)
+        for rows in _row_slices(bucket, plan):
+            p, slope = _scores(qb[:, rows], kb, _visible(bucket, rows, plan.group, opts), opts)
             p.sub_(lb[:, rows]).exp_()
-            ds = torch.bmm(dor, vb.mT)
-            keep = drop_of(block, opts)
+            ds = torch.bmm(dob[:, rows], vb.mT)
+            keep = _keep(bucket, rows, plan, opts)
             dropped = p
             if keep is not None:
                 ds.mul_(keep).mul_(keep_scale)
-                dropped = p * keep * keep_scale
-            accumulate = 1 if block.begin else 0
-            dvb.baddbmm_(dropped.mT, dor, beta=accumulate)
-            ds.sub_(deltab[:, rows]).mul_(p)
+                dropped = (p * keep).mul_(keep_scale)
+            accumulate = 1 if rows.start else 0
+            dvb.baddbmm_(dropped.mT, dob[:, rows], beta=accumulate)
+            ds.sub_(delta[:, rows]).mul_(p)
             if slope is not None:
                 ds.mul_(slope)
-            dkb.baddbmm_(ds.mT, qr, beta=accumulate, alpha=opts.scale)
+            dkb.baddbmm_(ds.mT, qb[:, rows], beta=accumulate, alpha=opts.scale)
             dqb[:, rows] = torch.baddbmm(ds.new_empty(()), ds, kb, beta=0, alpha=opts.scale)
-    dq = scattered(dqs, plan.scatter_q, 0, tuple(q.shape), q.dtype)
-    dk = scattered(dks, plan.scatter_k, 0, tuple(k.shape), k.dtype)
-    dv = scattered(dvs, plan.scatter_k, 0, tuple(v.shape), v.dtype)
-    return dq, dk, dv
+        bucket.q.scatter(dqb.view(-1, plan.group * dim), dq)
+        bucket.k.scatter(dkb.view(-1, dim), dk)
+        bucket.k.scatter(dvb.view(-1, dim), dv)
