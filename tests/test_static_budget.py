@@ -28,7 +28,7 @@ def _within(line: dict, allowed: dict) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kernel", "arch"), SUBSET, ids="-".join)
+@pytest.mark.parametrize(("kernel", "arch"), SUBSET)
 def test_kernel_stays_within_budget(kernel, arch):
     violations, seen = {}, set()
     for launch in static.launches(kernel, arch):
