@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 
 LENGTH, PADDING = 10, 2  # tokens of a probe, and how many of them are padding
@@ -144,9 +145,9 @@ def assert_bidirectional(model: nn.Module) -> BidirectionalReport:
         raise NotBidirectionalError(
             f"{type(decoder).__name__} cannot use uncausal attention: take eager or sdpa"
         )
-    probe = _Probe(decoder)
     windows: dict[str, int] = {}
-    with _undisturbed(model, probe.device):
+    with _undisturbed(model), _in_float32(decoder, list(layers.values())) as dtype:
+        probe = _Probe(decoder, dtype)
         for side in (None, "left", "right"):
             windows |= _probe_layers(probe, layers, side)
         for i, (name, layer) in enumerate(layers.items()):
@@ -159,9 +160,10 @@ def assert_bidirectional(model: nn.Module) -> BidirectionalReport:
 
 
 @contextmanager
-def _undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
+def _undisturbed(model: PreTrainedModel | nn.Module) -> Iterator[None]:
     """Inference mode of every kind, with dropout modes and random state as they were afterwards."""
     modes = [(module, module.training) for module in model.modules()]
+    device = next(model.parameters()).device
     with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         model.eval()
         try:
@@ -171,14 +173,54 @@ def _undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
                 module.training = mode
 
 
+@contextmanager
+def _in_float32(decoder: nn.Module, layers: list[nn.Module]) -> Iterator[torch.dtype]:
+    """Computes in float32, widening the weights of one layer at a time; yields the dtype computed in.
+
+    The first token of a real model carries activations so massive that bf16 rounds away what else moves it.
+    """
+    embeddings = decoder.get_input_embeddings()
+    dtype = next(embeddings.parameters()).dtype
+    rest = [m for m in decoder.children() if m is not embeddings and not isinstance(m, nn.ModuleList)]
+    modules = [m for m in (*layers, *rest) if all(t.is_floating_point() for t in m.parameters())]
+    if dtype not in (torch.float16, torch.bfloat16) or not set(layers) <= set(modules):
+        yield dtype
+        return
+    narrowed: list[tuple[Tensor, torch.dtype]] = []
+
+    def wide(x: Any) -> Any:
+        return x.float() if isinstance(x, Tensor) and x.dtype in (torch.float16, torch.bfloat16) else x
+
+    def widen(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        for tensor in (*module.parameters(), *module.buffers()):
+            if tensor.dtype in (torch.float16, torch.bfloat16):
+                narrowed.append((tensor, tensor.dtype))
+                tensor.data = tensor.data.float()
+        return tree_map(wide, (args, kwargs))
+
+    def narrow(*_: Any) -> None:
+        while narrowed:
+            tensor, kept = narrowed.pop()
+            tensor.data = tensor.data.to(kept)
+
+    handles = [m.register_forward_pre_hook(widen, with_kwargs=True) for m in modules]
+    handles += [m.register_forward_hook(narrow) for m in modules]
+    try:
+        yield torch.float32
+    finally:
+        narrow()
+        for handle in handles:
+            handle.remove()
+
+
 class _Probe:
     """Runs the decoder on short made-up inputs."""
 
-    def __init__(self, decoder: PreTrainedModel):
+    def __init__(self, decoder: PreTrainedModel, dtype: torch.dtype):
         self.decoder, self.config = decoder, decoder.config
         weight = next(decoder.get_input_embeddings().parameters())
-        self.device, self.dtype = weight.device, weight.dtype
-        self.eps = torch.finfo(self.dtype).eps
+        self.device = weight.device
+        self.eps = torch.finfo(dtype).eps
         self.generator = torch.Generator().manual_seed(0)
         self.parameters = inspect.signature(decoder.forward).parameters
         special = {v for k, v in vars(self.config).items() if k.endswith(("token_id", "token_index"))}
