@@ -174,7 +174,7 @@ def _undisturbed(model: PreTrainedModel | nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _in_float32(decoder: nn.Module, layers: list[nn.Module]) -> Iterator[torch.dtype]:
+def _in_float32(decoder: PreTrainedModel, layers: list[nn.Module]) -> Iterator[torch.dtype]:
     """Computes in float32, widening the weights of one layer at a time; yields the dtype computed in.
 
     The first token of a real model carries activations so massive that bf16 rounds away what else moves it.
