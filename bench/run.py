@@ -1,7 +1,7 @@
 """Runs the benchmark suites one after another and writes what they print into bench/RESULTS.md.
 
-`python -m uncausal.bench.run` takes the CPU suites, `--gpu` those of a CUDA device after the tests of the kernels
-on it; `--only NAME ...` a few of them. Every suite is a module of its own, with more options.
+`python -m uncausal.bench.run` takes the CPU suites, `--gpu` those of a CUDA device after the kernels' tests
+on it, `--only NAME ...` a few of them. Every suite is a module of its own, with more options.
 """
 
 from __future__ import annotations
