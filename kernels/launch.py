@@ -1,6 +1,7 @@
 """Where and how kernels run: the choice of backend, and launch configurations per architecture."""
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,8 +58,8 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-# Attention: BLOCK_M, BLOCK_N, num_warps, num_stages by kernel, architecture, bytes per element and the head dimension
-# up to which they hold.
+# Attention: BLOCK_M, BLOCK_N, num_warps, num_stages by kernel, architecture, bytes per element and the head
+# dimension up to which they hold.
 
 _ATTENTION: dict[str, dict[tuple[str, int], dict[int, tuple[int, int, int, int]]]] = {
     "fwd": {
@@ -83,7 +84,7 @@ _ATTENTION: dict[str, dict[tuple[str, int], dict[int, tuple[int, int, int, int]]
 }
 
 
-def attention_config(kernel: str, d: int, itemsize: int, arch: str) -> dict[str, int]:
+def attention_config(kernel: str, d: int, itemsize: int, arch: str) -> dict[str, Any]:
     """Launch configuration of an attention kernel.
 
     Args:
@@ -111,6 +112,7 @@ _INFO_NCE = {
     ("weight", "sm100", 2): (64, 64, 64, 8, 3),
     ("weight", "hip", 2): (128, 128, 64, 8, 3),
     ("weight", "cuda", 4): (64, 64, 16, 4, 2),
+    ("weight", "sm100", 4): (32, 64, 32, 4, 2),
     ("weight", "hip", 4): (64, 64, 16, 4, 2),
 }
 _INFO_NCE_GRAD = {
