@@ -546,8 +546,8 @@ class LatentAttentionPooling(nn.Module):
         """Choose by counted multiplications what to fold for so many tokens: "none", "attention" or also
         the "mlp".
 
-        Keys and values are computed either way. On a CPU the measured break-even of a training step lies
-        within a fifth of the counted one (bench_latent_pooling.py, "break-even").
+        Keys and values are computed either way. A backward pass doubles every count alike, so the rule holds for
+        a training step too (`bench_latent_pooling.py --break-even` times it).
         """
         d, latents, inner = self.hidden_size, self.num_latents, self.num_heads * self.head_dim
         scores, width = self.num_heads * latents, self.cross_attend_blocks[1]["fn"]["net"][0].out_features
