@@ -6,7 +6,10 @@ computed again in backward. Backward uses no atomics, so that two runs give the 
 Layout legend: B sequences, T packed tokens, H query heads, HK key heads, G = H / HK, D head dimension.
 """
 
+# pyright: reportArgumentType=false, reportIndexIssue=false, reportCallIssue=false, reportOperatorIssue=false
+
 import math
+from typing import Any
 
 import torch
 import triton
@@ -43,7 +46,7 @@ def _visible(token, seq, cu_ptr, cu_other_ptr, left, right, WINDOW: tl.constexpr
 
 @triton.jit
 def _span(first_lo, first_hi, last_lo, last_hi, BLOCK: tl.constexpr, ALIGN: tl.constexpr):
-    """Cut the tokens that a tile sees into blocks: those that its first or last row sees in part, and full ones."""
+    """Cut the tokens that a tile sees into full blocks, which every row sees, and those at the edges."""
     begin = first_lo // ALIGN * ALIGN
     num_head = tl.cdiv(tl.maximum(last_lo - begin, 0), BLOCK)
     full = begin + num_head * BLOCK
@@ -55,7 +58,7 @@ def _span(first_lo, first_hi, last_lo, last_hi, BLOCK: tl.constexpr, ALIGN: tl.c
 
 @triton.jit
 def _load_rows(ptr, row, stride, rows, offs_d, mask_row, D: tl.constexpr, MASKED: tl.constexpr):
-    """Load [len(rows), len(offs_d)] elements of the rows from `row` on; 64-bit where it can overflow 32 bits."""
+    """Load [len(rows), len(offs_d)] elements of the rows from `row` on; offsets across blocks in 64 bits."""
     ptrs = ptr + row.to(tl.int64) * stride + rows[:, None] * stride + offs_d[None, :]
     if MASKED:
         return tl.load(ptrs, mask=mask_row[:, None] & (offs_d < D)[None, :], other=0.0)
@@ -92,7 +95,7 @@ def _halves(word):
 
 @triton.jit
 def _softcap(scores, scale, cap):
-    """Scores in base-2 units, and tanh; scale is 2 log2(e) softmax_scale / softcap, cap is softcap log2(e)."""
+    """Scores in base-2 units, and tanh: scale = 2 log2(e) softmax_scale / softcap, cap = softcap log2(e)."""
     tanh = 1 - 2 / (1 + tl.exp2(scores * scale))
     return tanh * cap, tanh
 
@@ -147,7 +150,6 @@ def _attn_fwd_kernel(
 
     offs_m = tl.minimum(first + tl.arange(0, BLOCK_M), last)  # a row in excess repeats the last one
     token, head = offs_m // G, offs_m % G + tl.program_id(1) * G
-    lo, hi = _visible(token, tl.load(seq_ptr + token), cu_q_ptr, cu_k_ptr, left, right, WINDOW)
     offs_d = tl.arange(0, BLOCK_D)
     q_ptrs = q_ptr + token.to(tl.int64)[:, None] * stride_qt + head[:, None] * stride_qh + offs_d[None, :]
     q = tl.load(q_ptrs, mask=(offs_d < D)[None, :], other=0.0)
@@ -159,10 +161,12 @@ def _attn_fwd_kernel(
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     for i in range(num_full):
         acc, total, top = _fwd_step(
-            acc, total, top, q, k_ptr, v_ptr, full + i * BLOCK_N, stride_kt, stride_vt, lo, hi, hi1,
+            acc, total, top, q, k_ptr, v_ptr, full + i * BLOCK_N, stride_kt, stride_vt, lo0, hi0, hi1,
             token, head, seed_ptr, scale, cap, threshold,
             D, BLOCK_D, BLOCK_M, BLOCK_N, SOFTCAP, DROPOUT, False, PRECISION,
         )  # fmt: skip
+    # only blocks at an edge need every row's own bounds: loaded late, they cost the loop above no registers
+    lo, hi = _visible(token, tl.load(seq_ptr + token), cu_q_ptr, cu_k_ptr, left, right, WINDOW)
     for i in range(num_head + num_tail):
         key = tl.where(i < num_head, begin + i * BLOCK_N, tail + (i - num_head) * BLOCK_N)
         acc, total, top = _fwd_step(
@@ -203,11 +207,11 @@ def _attn_bwd_delta_kernel(
 def _bwd_scores(s, dp, lse, delta, keep, mask, scale, cap, keep_scale,
                 SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
     """Return p after dropout and ds, from raw scores and the gradient of p; lse and delta broadcast."""
+    tanh = s
     if SOFTCAP:
         s, tanh = _softcap(s, scale, cap)
-        p = tl.exp2(s - lse)
-    else:
-        p = tl.exp2(s * scale - lse)
+        scale = 1.0
+    p = tl.exp2(s * scale - lse)
     if MASKED:
         p = tl.where(mask, p, 0.0)
     if DROPOUT:
@@ -233,8 +237,10 @@ def _bwd_dq_step(
     v = _load_rows(v_ptr, key, stride_vt, offs_n, offs_d, mask_n, D, MASKED)
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
-    mask = (key + offs_n[None, :] >= lo[:, None]) & (key + offs_n[None, :] < hi[:, None])
-    keep = mask
+    mask = s
+    if MASKED:
+        mask = (key + offs_n[None, :] >= lo[:, None]) & (key + offs_n[None, :] < hi[:, None])
+    keep = s
     if DROPOUT:
         keep = _keep(seed_ptr, row, head, key, threshold, BLOCK_M, BLOCK_N)
     _, ds = _bwd_scores(
@@ -245,7 +251,8 @@ def _bwd_dq_step(
 
 @triton.jit
 def _attn_bwd_dq_kernel(
-    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, cu_q_ptr, cu_k_ptr, seq_ptr, tiles_ptr, seed_ptr,
+    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, cu_q_ptr, cu_k_ptr, seq_ptr, tiles_ptr,
+    seed_ptr,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_dt, stride_dh,
     stride_gt, stride_gh, stride_lh,
     softmax_scale, scale, cap, left, right, threshold, keep_scale,
@@ -263,7 +270,6 @@ def _attn_bwd_dq_kernel(
 
     offs_m = tl.minimum(first + tl.arange(0, BLOCK_M), last)
     token, head = offs_m // G, offs_m % G + tl.program_id(1) * G
-    lo, hi = _visible(token, tl.load(seq_ptr + token), cu_q_ptr, cu_k_ptr, left, right, WINDOW)
     offs_d = tl.arange(0, BLOCK_D)
     mask_d = (offs_d < D)[None, :]
     rows = token.to(tl.int64)[:, None]
@@ -282,10 +288,12 @@ def _attn_bwd_dq_kernel(
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for i in range(num_full):
         dq = _bwd_dq_step(
-            dq, q, dout, lse, delta, k_ptr, v_ptr, full + i * BLOCK_N, stride_kt, stride_vt, lo, hi, hi1,
+            dq, q, dout, lse, delta, k_ptr, v_ptr, full + i * BLOCK_N, stride_kt, stride_vt, lo0, hi0, hi1,
             token, head, seed_ptr, scale, cap, threshold, keep_scale,
             D, BLOCK_D, BLOCK_M, BLOCK_N, SOFTCAP, DROPOUT, False, PRECISION,
         )  # fmt: skip
+    # only blocks at an edge need every row's own bounds: loaded late, they cost the loop above no registers
+    lo, hi = _visible(token, tl.load(seq_ptr + token), cu_q_ptr, cu_k_ptr, left, right, WINDOW)
     for i in range(num_head + num_tail):
         key = tl.where(i < num_head, begin + i * BLOCK_N, tail + (i - num_head) * BLOCK_N)
         dq = _bwd_dq_step(
@@ -324,8 +332,10 @@ def _bwd_dkv_step(
         delta = tl.load(delta_ptr + stat)
     s = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
     dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
-    mask_s = (offs_m[None, :] >= lo[:, None]) & (offs_m[None, :] < hi[:, None])
-    keep = mask_s
+    mask_s = s
+    if MASKED:
+        mask_s = (offs_m[None, :] >= lo[:, None]) & (offs_m[None, :] < hi[:, None])
+    keep = s
     if DROPOUT:
         keep = tl.trans(_keep(seed_ptr, token, head, key, threshold, BLOCK_M, BLOCK_N))
     p, ds = _bwd_scores(
@@ -338,7 +348,8 @@ def _bwd_dkv_step(
 
 @triton.jit
 def _attn_bwd_dkv_kernel(
-    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, cu_q_ptr, cu_k_ptr, seq_ptr, tiles_ptr, seed_ptr,
+    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, cu_q_ptr, cu_k_ptr,
+    seq_ptr, tiles_ptr, seed_ptr,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_dt, stride_dh,
     stride_gt, stride_gh, stride_lh,
     softmax_scale, scale, cap, left, right, threshold, keep_scale,
@@ -359,8 +370,6 @@ def _attn_bwd_dkv_kernel(
     offs_n = base + tl.arange(0, BLOCK_N)
     mask_n = (offs_n >= first) & (offs_n <= last)
     token = tl.minimum(tl.maximum(offs_n, first), last)
-    lo, hi = _visible(token, tl.load(seq_ptr + token), cu_k_ptr, cu_q_ptr, right, left, WINDOW)
-    lo, hi = lo * G, hi * G
     offs_d = tl.arange(0, BLOCK_D)
     mask_d = (offs_d < D)[None, :]
     rows = token.to(tl.int64)[:, None]
@@ -372,10 +381,12 @@ def _attn_bwd_dkv_kernel(
     for i in range(num_full):
         dk, dv = _bwd_dkv_step(
             dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, full + i * BLOCK_M,
-            stride_qt, stride_qh, stride_dt, stride_dh, stride_lh, lo, hi, hi1 * G, base, seed_ptr,
+            stride_qt, stride_qh, stride_dt, stride_dh, stride_lh, lo0, hi0, hi1 * G, base, seed_ptr,
             scale, cap, threshold, keep_scale, tl.program_id(1),
             G, D, BLOCK_D, BLOCK_M, BLOCK_N, SOFTCAP, DROPOUT, False, PRECISION,
         )  # fmt: skip
+    lo, hi = _visible(token, tl.load(seq_ptr + token), cu_k_ptr, cu_q_ptr, right, left, WINDOW)
+    lo, hi = lo * G, hi * G
     for i in range(num_head + num_tail):
         row = tl.where(i < num_head, begin + i * BLOCK_M, tail + (i - num_head) * BLOCK_M)
         dk, dv = _bwd_dkv_step(
@@ -390,7 +401,7 @@ def _attn_bwd_dkv_kernel(
     tl.store(dv_ptr + offs, dv.to(dv_ptr.dtype.element_ty), mask=mask)
 
 
-def _kernel_options(q, k, v, cu_seqlens_q, cu_seqlens_k, seed, options: Options) -> dict:
+def _kernel_options(q, k, v, cu_seqlens_q, cu_seqlens_k, seed, options: Options) -> dict[str, Any]:
     """Arguments and compile-time flags that the kernels share."""
     windowed = options.left >= 0 or options.right >= 0
     scale = options.scale * LOG2E

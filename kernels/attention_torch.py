@@ -248,9 +248,9 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, opts: Options
         lse.fill_(-torch.inf)
     for rows, keys in plan.direct:
         qi, ki, vi = _dense(q, rows, 1, dtype), *(_dense(x, keys, plan.group, dtype) for x in (k, v))
-        o, l = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(qi, ki, vi, scale=opts.scale)
+        o, stat = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(qi, ki, vi, scale=opts.scale)
         out[rows] = o[0].transpose(0, 1)
-        lse[rows] = l[0].t()
+        lse[rows] = stat[0].t()
     dim, keep_scale = q.shape[2], 65536 / (65536 - dropout_threshold(opts.dropout_p))
     q, out_rows, lse_rows = (x.reshape(-1, plan.group * n) for x, n in ((q, dim), (out, dim), (lse, 1)))
     k, v = k.reshape(-1, dim), v.reshape(-1, dim)

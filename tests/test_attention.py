@@ -1,0 +1,300 @@
+"""Packed attention: every path against the float64 reference, forward and every gradient."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from uncausal.bench import ladder
+from uncausal.kernels.attention import (
+    _flash_attn_varlen,
+    _flash_attn_varlen_backward,
+    flash_attn_func,
+    flash_attn_varlen_func,
+    flash_attn_varlen_ref,
+)
+from uncausal.kernels.attention_torch import dropout_threshold, philox_keep
+from uncausal.kernels.launch import ARCHS, attention_config
+
+SEED = 0x123456789ABCDE
+
+# one aligned, one prime, a length-1 sequence, zero-length ones on either side or both, one extreme skew
+LENGTHS = {
+    "aligned": ([64, 64], [64, 64]),
+    "self": ([5, 1, 0, 17, 131, 3, 0, 2], [5, 1, 0, 17, 131, 3, 0, 2]),
+    "cross": ([5, 1, 0, 17, 131, 3, 9, 2], [7, 1, 4, 11, 97, 0, 2, 139]),
+}
+MODES = {
+    "plain": {},
+    "causal": dict(causal=True),
+    "window": dict(window_size=(13, 13)),
+    "left": dict(window_size=(7, 0)),
+    "right": dict(window_size=(-1, 4)),
+    "softcap": dict(softcap=2.0),
+    "dropout": dict(dropout_p=0.3, dropout_seed=SEED),
+    "all": dict(window_size=(9, 21), softcap=1.5, dropout_p=0.2, dropout_seed=SEED, softmax_scale=0.2),
+}
+
+
+def make(lengths, heads, kv_heads, dim, dtype, device="cpu", seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    cu_q, cu_k = (torch.tensor([0, *x]).cumsum(0).int().to(device) for x in lengths)
+    shapes = [(sum(lengths[0]), heads, dim)] + [(sum(lengths[1]), kv_heads, dim)] * 2
+    q, k, v = (torch.randn(s, generator=generator).to(device, dtype).requires_grad_() for s in shapes)
+    return q, k, v, cu_q, cu_k
+
+
+def gradients(function, q, k, v, *args, **kwargs):
+    """Output, log-sum-exp and the gradients of q, k, v through both, for one fixed pair of cotangents."""
+    out, lse = function(q, k, v, *args, **kwargs)[:2]
+    generator = torch.Generator().manual_seed(1)
+    dout, dlse = (torch.randn(x.shape, generator=generator).to(x.device) for x in (out, lse))
+    dout = dout.to(q.dtype).to(out.dtype)
+    finite = lse.isfinite()
+    total = (out * dout).sum() + (lse.masked_fill(~finite, 0) * dlse).sum()
+    return out, lse, *torch.autograd.grad(total, (q, k, v))
+
+
+def check(tensors, mode, **call):
+    """Bound the error by that of eager torch in the same dtype, both against the reference in float64."""
+    q, k, v, cu_q, cu_k = tensors
+    exact = gradients(
+        flash_attn_varlen_ref, *(x.detach().double().requires_grad_() for x in (q, k, v)), cu_q, cu_k, **mode
+    )
+    eager = gradients(flash_attn_varlen_ref, q, k, v, cu_q, cu_k, **mode)
+    ours = gradients(flash_attn_varlen_func, q, k, v, cu_q, cu_k, **mode, return_attn_probs=True, **call)
+    for name, a, b, c in zip(("out", "lse", "dq", "dk", "dv"), ours, exact, eager, strict=True):
+        factor = ladder.FORWARD_FACTOR if name in ("out", "lse") else ladder.GRADIENT_FACTOR
+        atol = 1e-5 if q.dtype == torch.float32 else 1e-3
+        ladder.assert_close_to_float64(a, b, c, atol=atol, factor=factor, name=name)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("lengths", LENGTHS)
+@pytest.mark.parametrize("heads", [(4, 4), (6, 2), (3, 1)], ids=["mha", "gqa", "mqa"])
+def test_flash_attn_varlen_func_cpu(lengths, heads, mode):
+    check(make(LENGTHS[lengths], *heads, 16, torch.float32), MODES[mode])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_flash_attn_varlen_func_cpu_low_precision(dtype):
+    check(make(LENGTHS["self"], 6, 2, 80, dtype), {})
+
+
+@pytest.mark.parametrize("mode", ["plain", "all"])
+def test_gradcheck(mode):
+    q, k, v, cu_q, cu_k = make(([3, 0, 5], [4, 2, 1]), 2, 1, 4, torch.float64)
+
+    def call(q, k, v):
+        out, lse, _ = flash_attn_varlen_func(q, k, v, cu_q, cu_k, **MODES[mode], return_attn_probs=True)
+        return out, lse.masked_fill(lse.isinf(), 0)
+
+    assert torch.autograd.gradcheck(call, (q, k, v))
+
+
+# --- the parametrisation of flash-attn's variable-length test, reduced ---
+
+
+@pytest.mark.parametrize("dim", [32, 64, 80, 96, 128, 160, 192, 256])
+@pytest.mark.parametrize("heads", [(6, 6), (6, 1), (6, 2)], ids=["mha", "mqa", "gqa"])
+@pytest.mark.parametrize("size", [(1, 147), (113, 203), (108, 256), (128, 128), (256, 113)], ids=str)
+def test_random_lengths(size, heads, dim):
+    generator = torch.Generator().manual_seed(sum(size) + dim)
+    lengths = [torch.randint(max(1, n - 20), n + 1, (2,), generator=generator).tolist() for n in size]
+    check(make(lengths, *heads, dim, torch.float32), {})
+
+
+# --- properties ---
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.lists(st.integers(0, 70), min_size=1, max_size=12), st.sampled_from(["plain", "window", "dropout"]))
+def test_random_batches(lengths, mode):
+    check(make((lengths, lengths), 3, 1, 8, torch.float32), MODES[mode])
+
+
+def test_thousands_of_short_sequences():
+    lengths = torch.randint(1, 41, (2000,), generator=torch.Generator().manual_seed(0)).tolist()
+    q, k, v, cu, _ = make((lengths, lengths), 3, 1, 8, torch.float32)
+    out = flash_attn_varlen_func(q, k, v, cu, cu)
+    check_rows = slice(int(cu[1900]), None)
+    sub = cu[1900:] - cu[1900]
+    expected, _ = flash_attn_varlen_ref(q[check_rows], k[check_rows], v[check_rows], sub, sub)
+    torch.testing.assert_close(out[check_rows], expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_bad_sequence_leaves_the_others_alone(value):
+    lengths = [30, 7, 64, 5, 6]
+    q, k, v, cu, _ = make((lengths, lengths), 4, 2, 16, torch.float32)
+    good = gradients(flash_attn_varlen_func, q, k, v, cu, cu, return_attn_probs=True)
+    with torch.no_grad():
+        for x in (q, k, v):
+            x[cu[3] : cu[4]] = value
+    bad = gradients(flash_attn_varlen_func, q, k, v, cu, cu, return_attn_probs=True)
+    others = torch.ones(sum(lengths), dtype=torch.bool)
+    others[cu[3] : cu[4]] = False
+    for a, b in zip(good, bad, strict=True):
+        a, b = (x.t() if x.dim() == 2 else x for x in (a, b))
+        assert torch.equal(a[others], b[others])
+    assert bad[0][~others].isnan().all()
+
+
+def test_two_backwards_give_the_same_bits():
+    tensors = make(LENGTHS["cross"], 6, 2, 16, torch.float32)
+    first, second = (gradients(flash_attn_varlen_func, *tensors, return_attn_probs=True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_dropout_follows_the_generator_and_its_rate():
+    q, k, v, cu, _ = make(([96], [96]), 4, 2, 8, torch.float32)
+    outs = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        outs.append(flash_attn_varlen_func(q, k, v, cu, cu, dropout_p=0.3))
+    assert torch.equal(outs[0], outs[1]) and not torch.equal(outs[0], outs[2])
+    rows = torch.arange(500)
+    keep = philox_keep(SEED, rows, torch.zeros_like(rows), torch.zeros_like(rows), 32, 0.3)
+    assert keep.shape == (500, 1024)
+    sigma = (0.3 * 0.7 / keep.numel()) ** 0.5
+    assert abs(float(keep.float().mean()) - (1 - dropout_threshold(0.3) / 65536)) < 4 * sigma
+    columns = keep.float() - keep.float().mean()
+    correlation = columns.T @ columns / len(rows) / 0.21  # of neighbouring keys, which share Philox calls
+    assert float(correlation.fill_diagonal_(0).abs().max()) < 7 / len(rows) ** 0.5
+
+
+def test_philox_known_answer():
+    """Philox4x32 with seven rounds, counter and key zero: the known answer of the Random123 distribution."""
+    zero = torch.zeros(1, dtype=torch.int64)
+    expected = [0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48]
+    bits = philox_bits_of_first_call(zero)
+    assert bits == expected
+
+
+def philox_bits_of_first_call(zero):
+    """Read the words behind `philox_keep` bit by bit: a half is kept when it is at least the threshold."""
+    words = []
+    for word in range(4):
+        halves = []
+        for half in range(2):
+            low, high = -32768, 32767  # the signed half lies in [low, high]
+            while low < high:
+                middle = (low + high + 1) // 2
+                kept = philox_keep(0, zero, zero, zero, 1, (middle + 32768) / 65536)[0, 8 * word + half]
+                low, high = (middle, high) if kept else (low, middle - 1)
+            halves.append(low & 0xFFFF)
+        words.append(halves[0] | halves[1] << 16)
+    return words
+
+
+# --- interfaces ---
+
+
+def test_flash_attn_func_is_the_dense_case():
+    q, k, v, cu_q, cu_k = make(([12] * 3, [20] * 3), 4, 2, 8, torch.float32)
+    packed, lse, _ = flash_attn_varlen_func(q, k, v, cu_q, cu_k, causal=True, return_attn_probs=True)
+    dense = flash_attn_func(
+        *(x.unflatten(0, (3, -1)) for x in (q, k, v)), causal=True, return_attn_probs=True
+    )
+    assert torch.equal(dense[0].flatten(0, 1), packed)
+    assert torch.equal(dense[1], torch.stack(lse.split(12, 1)))
+
+
+def test_positional_order_is_flash_attns():
+    q, k, v, cu, _ = make(([12, 5], [12, 5]), 4, 2, 8, torch.float32)
+    a = flash_attn_varlen_func(
+        q, k, v, cu, cu, 12, 12, 0.0, 0.3, True, (4, -1), 2.0, None, False, False, None
+    )
+    b = flash_attn_varlen_func(
+        q, k, v, cu, cu, softmax_scale=0.3, causal=True, window_size=(4, 0), softcap=2.0
+    )
+    assert torch.equal(a, b)
+
+
+def test_unsupported_arguments_are_named():
+    q, k, v, cu, _ = make(([4], [4]), 2, 1, 8, torch.float32)
+    with pytest.raises(NotImplementedError, match="alibi_slopes"):
+        flash_attn_varlen_func(q, k, v, cu, cu, alibi_slopes=torch.ones(2))
+    with pytest.raises(NotImplementedError, match="block_table"):
+        flash_attn_varlen_func(q, k, v, cu, cu, block_table=torch.zeros(1, 1))
+    with pytest.raises(ValueError, match=r"\(4, 2, 8\).*\(4, 1, 4\)"):
+        flash_attn_varlen_func(q, k[..., :4], v[..., :4], cu, cu)
+    with pytest.raises(ValueError, match="int32"):
+        flash_attn_varlen_func(q, k, v, cu.long(), cu.long())
+    with pytest.raises(ValueError, match="backend"):
+        flash_attn_varlen_func(q, k, v, cu, cu, backend="cuda")
+
+
+def test_opcheck():
+    q, k, v, cu_q, cu_k = make(([3, 0, 5], [4, 2, 1]), 4, 2, 8, torch.float32)
+    seed = torch.tensor([SEED])
+    for options in ((None, [], 0.0, 0.3, -1, -1, 0.0, "torch"), (seed, [], 0.2, 0.3, 2, -1, 1.0, "torch")):
+        torch.library.opcheck(_flash_attn_varlen, (q, k, v, cu_q, cu_k, *options))
+        out, lse = _flash_attn_varlen(q, k, v, cu_q, cu_k, *options)
+        saved = [x.detach() for x in (out, q, k, v, out, lse)]
+        torch.library.opcheck(_flash_attn_varlen_backward, (saved[0], None, *saved[1:], cu_q, cu_k, *options))
+
+
+def test_compiles_without_graph_breaks():
+    q, k, v, cu, _ = make(([12, 5], [12, 5]), 4, 2, 8, torch.float32)
+
+    def loss(q, k, v, cu):
+        out, lse, _ = flash_attn_varlen_func(q, k, v, cu, cu, window_size=(3, 3), return_attn_probs=True)
+        return out.square().sum() + lse.sum()
+
+    expected = torch.autograd.grad(loss(q, k, v, cu), (q, k, v))
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for a, b in zip(expected, torch.autograd.grad(compiled(q, k, v, cu), (q, k, v)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+# --- the kernels, without a GPU ---
+
+
+@pytest.mark.interpret
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+@pytest.mark.parametrize("mode", ["plain", "causal", "all"])
+@pytest.mark.parametrize("lengths", LENGTHS)
+def test_kernels_interpreted(lengths, mode, dtype):
+    check(make(LENGTHS[lengths], 6, 2, 16, dtype), MODES[mode], backend="triton")
+
+
+@pytest.mark.interpret
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("dim", [80, 192])
+def test_kernels_interpreted_padded_heads(dim):
+    check(make(([3, 70], [40, 33]), 2, 1, dim, torch.float32), MODES["dropout"], backend="triton")
+
+
+def test_interpreted():
+    ladder.interpret(__file__)
+
+
+@pytest.mark.sanitize
+@pytest.mark.parametrize(
+    ("lengths", "heads", "dim", "mode", "dtype"),
+    [
+        pytest.param("short", (6, 2), 32, "plain", torch.bfloat16, id="small-T91-H6-HK2-D32-bf16"),
+        pytest.param("long", (2, 1), 64, "dropout", torch.float16, id="T300-H2-HK1-D64-dropout-fp16"),
+        pytest.param("short", (2, 2), 80, "all", torch.bfloat16, id="T91-H2-HK2-D80-all-bf16"),
+    ],
+)
+def test_kernels_sanitised(lengths, heads, dim, mode, dtype):
+    lengths = {"short": [5, 1, 0, 17, 40, 3, 25], "long": [213, 87]}[lengths]
+    tensors = make((lengths, lengths), *heads, dim, dtype, device="cuda")
+    check(tensors, MODES[mode], backend="triton")
+
+
+def test_sanitised():
+    ladder.sanitize(__file__, select="small")
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_configurations_cover_every_head_dimension(arch):
+    for kernel in ("fwd", "dq", "dkv"):
+        for dim in (16, 32, 64, 80, 96, 128, 160, 192, 256):
+            for itemsize in (2, 4):
+                config = attention_config(kernel, dim, itemsize, arch)
+                assert config["BLOCK_N"] % 32 == 0  # dropout draws for 32 keys at a time
+                assert kernel != "dkv" or config["BLOCK_N"] > 32  # and gives up to 31 keys of a tile away
