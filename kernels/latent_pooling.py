@@ -546,7 +546,7 @@ class LatentAttentionPooling(nn.Module):
         """Choose by counted multiplications what to fold for so many tokens: "none", "attention" or also
         the "mlp".
 
-        Keys and values are computed either way. A backward pass doubles every count alike, so the rule holds for
+        Keys and values are computed either way. Backward doubles every count alike, so the rule holds for
         a training step too (`bench_latent_pooling.py --break-even` times it).
         """
         d, latents, inner = self.hidden_size, self.num_latents, self.num_heads * self.head_dim
