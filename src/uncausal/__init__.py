@@ -13,6 +13,7 @@ _HOME = {
     "flash_attn_varlen_func": "kernels.attention",
     "InfoNCE": "kernels.info_nce",
     "info_nce": "kernels.info_nce",
+    "info_nce_prefixes": "kernels.info_nce_prefixes",
     "LatentAttentionPooling": "kernels.latent_pooling",
     "latent_attention_pool": "kernels.latent_pooling",
     "PackedLayout": "kernels.packing",
@@ -21,6 +22,7 @@ _HOME = {
     "assert_bidirectional": "encoder.conversion",
     "make_bidirectional": "encoder.conversion",
     "InfoNCELoss": "encoder.losses",
+    "masked_next_token_loss": "encoder.losses",
     "Encoder": "encoder.model",
     "l3prune": "encoder.pruning",
     "layer_losses": "encoder.pruning",
@@ -36,7 +38,7 @@ __all__ = [*_HOME, "__version__"]  # pyright: ignore[reportUnsupportedDunderAll]
 
 if TYPE_CHECKING:
     from uncausal.encoder.conversion import assert_bidirectional, make_bidirectional
-    from uncausal.encoder.losses import InfoNCELoss
+    from uncausal.encoder.losses import InfoNCELoss, masked_next_token_loss
     from uncausal.encoder.model import Encoder
     from uncausal.encoder.pruning import l3prune, layer_losses, prune_layers
     from uncausal.encoder.recipes import load_recipe, run_recipe
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
     from uncausal.encoder.training import train
     from uncausal.kernels.attention import flash_attn_func, flash_attn_varlen_func
     from uncausal.kernels.info_nce import InfoNCE, info_nce
+    from uncausal.kernels.info_nce_prefixes import info_nce_prefixes
     from uncausal.kernels.latent_pooling import LatentAttentionPooling, latent_attention_pool
     from uncausal.kernels.packing import PackedLayout, pack, unpack
 
