@@ -31,6 +31,7 @@ from transformers import AutoModel, AutoTokenizer, GgufConfig
 from uncausal.encoder import attention as packed_attention
 from uncausal.encoder.conversion import assert_bidirectional, make_bidirectional
 from uncausal.encoder.files import staged
+from uncausal.encoder.pooling import LatentPooling
 from uncausal.encoder.pruning import prune_layers
 
 logger = logging.getLogger(__name__)
@@ -119,7 +120,10 @@ class Encoder(SentenceTransformer):
     `Encoder(path)` loads a saved encoder as `SentenceTransformer(path)` does.
     """
 
-    _module_classes = {LIBRARY_TRANSFORMER: PackedTransformer}
+    _module_classes = {
+        LIBRARY_TRANSFORMER: PackedTransformer,
+        f"{LatentPooling.__module__}.{LatentPooling.__name__}": LatentPooling,
+    }
 
     @classmethod
     def from_pretrained(
@@ -215,16 +219,16 @@ class Encoder(SentenceTransformer):
     @property
     def pooling(self) -> str:
         """The name of the pooling, as given to `from_pretrained`."""
-        mode = getattr(self[1], "pooling_mode", "latent")
+        if isinstance(self[1], LatentPooling):
+            return "latent"
+        mode = getattr(self[1], "pooling_mode", None)
         return next((name for name, library in POOLING_MODES.items() if library == mode), str(mode))
 
     def set_pooling(self, pooling: PoolingName) -> None:
         """Replace the pooling. Prompt tokens are attended but never pooled."""
         width = self.transformer.get_embedding_dimension()
         if pooling == "latent":
-            from uncausal.encoder.pooling import LatentAttentionPooling
-
-            module = LatentAttentionPooling(width)
+            module = LatentPooling(width, include_prompt=False)
         else:
             module = Pooling(width, POOLING_MODES[pooling], include_prompt=False)
         self[1] = module.to(self.device)

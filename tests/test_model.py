@@ -251,3 +251,16 @@ def test_new_model_without_gguf(tmp_path, smollm2):
     Encoder.from_pretrained(smollm2, num_layers=1).tokenizer.save_pretrained(tmp_path)
     encoder = Encoder.from_pretrained(tmp_path, pooling="weighted_mean", normalize=True, dtype="float32")
     np.testing.assert_allclose(np.linalg.norm(encoder.encode(TEXTS), axis=1), 1, atol=1e-5)
+
+
+def test_latent_pooling_saves_and_loads(smollm2, tmp_path):
+    encoder = Encoder.from_pretrained(smollm2, num_layers=1, pooling="latent", dtype="float32", device="cpu")
+    assert encoder.pooling == "latent"
+    encoder.save_pretrained(str(tmp_path / "latent"))
+    again = Encoder.from_pretrained(tmp_path / "latent", dtype="float32", device="cpu")
+    assert again.pooling == "latent" and again.packed
+    vectors = encoder.encode(TEXTS)
+    np.testing.assert_allclose(again.encode(TEXTS), vectors, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(encoder.encode(TEXTS[1]), vectors[1], rtol=0, atol=1e-4)
+    with encoder.padded():
+        np.testing.assert_allclose(encoder.encode(TEXTS), vectors, rtol=0, atol=1e-4)

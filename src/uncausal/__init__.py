@@ -24,6 +24,8 @@ _HOME = {
     "InfoNCELoss": "encoder.losses",
     "masked_next_token_loss": "encoder.losses",
     "Encoder": "encoder.model",
+    "LatentPooling": "encoder.pooling",
+    "pool_packed": "encoder.pooling",
     "l3prune": "encoder.pruning",
     "layer_losses": "encoder.pruning",
     "prune_layers": "encoder.pruning",
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
     from uncausal.encoder.conversion import assert_bidirectional, make_bidirectional
     from uncausal.encoder.losses import InfoNCELoss, masked_next_token_loss
     from uncausal.encoder.model import Encoder
+    from uncausal.encoder.pooling import LatentPooling, pool_packed
     from uncausal.encoder.pruning import l3prune, layer_losses, prune_layers
     from uncausal.encoder.recipes import load_recipe, run_recipe
     from uncausal.encoder.stages import MNTP, Contrastive, SimCSE
