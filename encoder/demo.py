@@ -85,7 +85,10 @@ class Demo:
         losses = layer_losses(encoder, [(pair.first, pair.second) for pair in self.pairs[:320]])
         depths = l3prune(losses)
         plot_layer_losses(losses, depths, self.folder / "layer_losses.png", KEPT)
-        print(f"      small {depths.small}, large {depths.large}; kept {KEPT} of {len(losses)} layers")
+        print(f"      least loss at {depths.small} layers in the lower half, at {depths.large} in the upper;")
+        print(
+            f"      {KEPT} of {len(losses)} are kept, which trained best in this little time (on STS-B dev)"
+        )
         encoder.prune(KEPT)
         self.measure(encoder, pruned="mean")
 
