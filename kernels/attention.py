@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from uncausal.kernels.attention_torch import (
     Options,
@@ -68,6 +69,27 @@ def _load_rows(ptr, row, stride, rows, offs_d, mask_row, D: tl.constexpr, MASKED
 
 
 @triton.jit
+def _load_block(
+    source, row, stride, column, mask_row,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """Load [BLOCK, BLOCK_D] keys or values of one head, through a tensor descriptor or from a pointer."""
+    if TMA:
+        block = source.load([row, column])
+    else:
+        offs, offs_d = tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
+        block = _load_rows(source, row, stride, offs, offs_d, mask_row, D, MASKED)
+    return block
+
+
+@triton.jit
+def _finite(x):
+    """Replace NaN and Inf by 0 and tell the rows that had any: 0 * NaN would reach the sequences beside."""
+    finite = tl.abs(x.to(tl.float32)) < float("inf")
+    return tl.where(finite, x, 0.0).to(x.dtype), tl.min(finite.to(tl.int32), 1) == 0
+
+
+@triton.jit
 def _keep(seed_ptr, row, head, key, threshold, M: tl.constexpr, N: tl.constexpr):
     """Which of [M, N] scores dropout keeps; key, the first one, is a multiple of 32. See `philox_keep`."""
     group = key // 8 + tl.arange(0, N // 8)
@@ -101,15 +123,27 @@ def _softcap(scores, scale, cap):
 
 
 @triton.jit
+def _exp2(x):
+    """2 ** x for x <= 0 on the multiply-add units: the unit for exponentials is the forward's bottleneck."""
+    x = tl.maximum(x, -126.0)
+    shifted = x + 12582912.0  # 1.5 * 2 ** 23: the sum's lowest bits are x rounded to an integer
+    f = x - (shifted - 12582912.0)
+    p = 1.3333558e-3 + f * 1.5403530e-4
+    p = 1.0 + f * (0.69314718 + f * (0.24022651 + f * (0.055504109 + f * (9.6181291e-3 + f * p))))
+    bits = p.to(tl.int32, bitcast=True) + (shifted.to(tl.int32, bitcast=True) << 23)
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _fwd_step(
-    acc, total, top, q, k_ptr, v_ptr, key, stride_kt, stride_vt, lo, hi, end, row, head, seed_ptr,
+    acc, total, top, q, k_ptr, v_ptr, key, stride_kt, stride_vt, lo, hi, end, row, head, pid_h, seed_ptr,
     scale, cap, threshold,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SOFTCAP:
+    tl.constexpr, DROPOUT: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    offs_n, offs_d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    offs_n = tl.arange(0, BLOCK_N)
     mask_n = key + offs_n < end
-    k = _load_rows(k_ptr, key, stride_kt, offs_n, offs_d, mask_n, D, MASKED)
+    k = _load_block(k_ptr, key, stride_kt, pid_h * D, mask_n, D, BLOCK_D, BLOCK_N, MASKED, TMA)
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
     if SOFTCAP:
         s, _ = _softcap(s, scale, cap)
@@ -122,11 +156,14 @@ def _fwd_step(
     if MASKED:
         base = tl.where(new_top == float("-inf"), 0.0, new_top)
     p = tl.exp2(s * scale - base[:, None])
-    alpha = tl.exp2(top - base)
+    alpha = _exp2(top - base)
     total = total * alpha + tl.sum(p, 1)
     if DROPOUT:
         p = tl.where(_keep(seed_ptr, row, head, key, threshold, BLOCK_M, BLOCK_N), p, 0.0)
-    v = _load_rows(v_ptr, key, stride_vt, tl.arange(0, BLOCK_N), offs_d, mask_n, D, MASKED)
+    v = _load_block(v_ptr, key, stride_vt, pid_h * D, mask_n, D, BLOCK_D, BLOCK_N, MASKED, TMA)
+    if MASKED:
+        v, bad = _finite(v)
+        p = tl.where((p > 0) & bad[None, :], float("nan"), p)
     acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
     return acc, total, new_top
 
@@ -137,24 +174,26 @@ def _attn_fwd_kernel(
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh, stride_lh,
     scale, cap, left, right, threshold, keep_scale,
     G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, TMA:
+    tl.constexpr,
 ):  # fmt: skip
     first = tl.load(tiles_ptr + 2 * tl.program_id(0))
     last = tl.load(tiles_ptr + 2 * tl.program_id(0) + 1) - 1
     if last < first:
         return
-    pid_h = tl.program_id(1).to(tl.int64)
+    pid_h = tl.program_id(1)
     lo0, hi0 = _visible(first // G, tl.load(seq_ptr + first // G), cu_q_ptr, cu_k_ptr, left, right, WINDOW)
     lo1, hi1 = _visible(last // G, tl.load(seq_ptr + last // G), cu_q_ptr, cu_k_ptr, left, right, WINDOW)
     begin, num_head, full, num_full, tail, num_tail = _span(lo0, hi0, lo1, hi1, BLOCK_N, 32 if DROPOUT else 1)
 
     offs_m = tl.minimum(first + tl.arange(0, BLOCK_M), last)  # a row in excess repeats the last one
-    token, head = offs_m // G, offs_m % G + tl.program_id(1) * G
+    token, head = offs_m // G, offs_m % G + pid_h * G
     offs_d = tl.arange(0, BLOCK_D)
     q_ptrs = q_ptr + token.to(tl.int64)[:, None] * stride_qt + head[:, None] * stride_qh + offs_d[None, :]
     q = tl.load(q_ptrs, mask=(offs_d < D)[None, :], other=0.0)
-    k_ptr += pid_h * stride_kh
-    v_ptr += pid_h * stride_vh
+    if not TMA:
+        k_ptr += pid_h.to(tl.int64) * stride_kh
+        v_ptr += pid_h.to(tl.int64) * stride_vh
 
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -162,8 +201,8 @@ def _attn_fwd_kernel(
     for i in range(num_full):
         acc, total, top = _fwd_step(
             acc, total, top, q, k_ptr, v_ptr, full + i * BLOCK_N, stride_kt, stride_vt, lo0, hi0, hi1,
-            token, head, seed_ptr, scale, cap, threshold,
-            D, BLOCK_D, BLOCK_M, BLOCK_N, SOFTCAP, DROPOUT, False, PRECISION,
+            token, head, pid_h, seed_ptr, scale, cap, threshold,
+            D, BLOCK_D, BLOCK_M, BLOCK_N, SOFTCAP, DROPOUT, False, PRECISION, TMA,
         )  # fmt: skip
     # only blocks at an edge need every row's own bounds: loaded late, they cost the loop above no registers
     lo, hi = _visible(token, tl.load(seq_ptr + token), cu_q_ptr, cu_k_ptr, left, right, WINDOW)
@@ -171,8 +210,8 @@ def _attn_fwd_kernel(
         key = tl.where(i < num_head, begin + i * BLOCK_N, tail + (i - num_head) * BLOCK_N)
         acc, total, top = _fwd_step(
             acc, total, top, q, k_ptr, v_ptr, key, stride_kt, stride_vt, lo, hi, hi1,
-            token, head, seed_ptr, scale, cap, threshold,
-            D, BLOCK_D, BLOCK_M, BLOCK_N, SOFTCAP, DROPOUT, True, PRECISION,
+            token, head, pid_h, seed_ptr, scale, cap, threshold,
+            D, BLOCK_D, BLOCK_M, BLOCK_N, SOFTCAP, DROPOUT, True, PRECISION, TMA,
         )  # fmt: skip
 
     empty = total == 0
@@ -226,15 +265,15 @@ def _bwd_scores(s, dp, lse, delta, keep, mask, scale, cap, keep_scale,
 
 @triton.jit
 def _bwd_dq_step(
-    dq, q, dout, lse, delta, k_ptr, v_ptr, key, stride_kt, stride_vt, lo, hi, end, row, head, seed_ptr,
+    dq, q, dout, lse, delta, k_ptr, v_ptr, key, stride_kt, stride_vt, lo, hi, end, row, head, pid_h, seed_ptr,
     scale, cap, threshold, keep_scale,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SOFTCAP:
+    tl.constexpr, DROPOUT: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    offs_n, offs_d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    offs_n = tl.arange(0, BLOCK_N)
     mask_n = key + offs_n < end
-    k = _load_rows(k_ptr, key, stride_kt, offs_n, offs_d, mask_n, D, MASKED)
-    v = _load_rows(v_ptr, key, stride_vt, offs_n, offs_d, mask_n, D, MASKED)
+    k = _load_block(k_ptr, key, stride_kt, pid_h * D, mask_n, D, BLOCK_D, BLOCK_N, MASKED, TMA)
+    v = _load_block(v_ptr, key, stride_vt, pid_h * D, mask_n, D, BLOCK_D, BLOCK_N, MASKED, TMA)
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
     mask = s
@@ -246,6 +285,8 @@ def _bwd_dq_step(
     _, ds = _bwd_scores(
         s, dp, lse[:, None], delta[:, None], keep, mask, scale, cap, keep_scale, SOFTCAP, DROPOUT, MASKED
     )
+    if MASKED:
+        k, _ = _finite(k)
     return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
 
 
@@ -257,19 +298,20 @@ def _attn_bwd_dq_kernel(
     stride_gt, stride_gh, stride_lh,
     softmax_scale, scale, cap, left, right, threshold, keep_scale,
     G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, TMA:
+    tl.constexpr,
 ):  # fmt: skip
     first = tl.load(tiles_ptr + 2 * tl.program_id(0))
     last = tl.load(tiles_ptr + 2 * tl.program_id(0) + 1) - 1
     if last < first:
         return
-    pid_h = tl.program_id(1).to(tl.int64)
+    pid_h = tl.program_id(1)
     lo0, hi0 = _visible(first // G, tl.load(seq_ptr + first // G), cu_q_ptr, cu_k_ptr, left, right, WINDOW)
     lo1, hi1 = _visible(last // G, tl.load(seq_ptr + last // G), cu_q_ptr, cu_k_ptr, left, right, WINDOW)
     begin, num_head, full, num_full, tail, num_tail = _span(lo0, hi0, lo1, hi1, BLOCK_N, 32 if DROPOUT else 1)
 
     offs_m = tl.minimum(first + tl.arange(0, BLOCK_M), last)
-    token, head = offs_m // G, offs_m % G + tl.program_id(1) * G
+    token, head = offs_m // G, offs_m % G + pid_h * G
     offs_d = tl.arange(0, BLOCK_D)
     mask_d = (offs_d < D)[None, :]
     rows = token.to(tl.int64)[:, None]
@@ -282,15 +324,16 @@ def _attn_bwd_dq_kernel(
     lse = tl.load(lse_ptr + head.to(tl.int64) * stride_lh + token) * 1.4426950408889634
     lse = tl.where(lse == float("-inf"), float("inf"), lse)
     delta = tl.load(delta_ptr + head.to(tl.int64) * stride_lh + token)
-    k_ptr += pid_h * stride_kh
-    v_ptr += pid_h * stride_vh
+    if not TMA:
+        k_ptr += pid_h.to(tl.int64) * stride_kh
+        v_ptr += pid_h.to(tl.int64) * stride_vh
 
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for i in range(num_full):
         dq = _bwd_dq_step(
             dq, q, dout, lse, delta, k_ptr, v_ptr, full + i * BLOCK_N, stride_kt, stride_vt, lo0, hi0, hi1,
-            token, head, seed_ptr, scale, cap, threshold, keep_scale,
-            D, BLOCK_D, BLOCK_M, BLOCK_N, SOFTCAP, DROPOUT, False, PRECISION,
+            token, head, pid_h, seed_ptr, scale, cap, threshold, keep_scale,
+            D, BLOCK_D, BLOCK_M, BLOCK_N, SOFTCAP, DROPOUT, False, PRECISION, TMA,
         )  # fmt: skip
     # only blocks at an edge need every row's own bounds: loaded late, they cost the loop above no registers
     lo, hi = _visible(token, tl.load(seq_ptr + token), cu_q_ptr, cu_k_ptr, left, right, WINDOW)
@@ -298,8 +341,8 @@ def _attn_bwd_dq_kernel(
         key = tl.where(i < num_head, begin + i * BLOCK_N, tail + (i - num_head) * BLOCK_N)
         dq = _bwd_dq_step(
             dq, q, dout, lse, delta, k_ptr, v_ptr, key, stride_kt, stride_vt, lo, hi, hi1,
-            token, head, seed_ptr, scale, cap, threshold, keep_scale,
-            D, BLOCK_D, BLOCK_M, BLOCK_N, SOFTCAP, DROPOUT, True, PRECISION,
+            token, head, pid_h, seed_ptr, scale, cap, threshold, keep_scale,
+            D, BLOCK_D, BLOCK_M, BLOCK_N, SOFTCAP, DROPOUT, True, PRECISION, TMA,
         )  # fmt: skip
     mask_m = tl.arange(0, BLOCK_M) <= last - first
     dq_ptrs = dq_ptr + rows * stride_gt + head[:, None] * stride_gh + offs_d[None, :]
@@ -341,6 +384,10 @@ def _bwd_dkv_step(
     p, ds = _bwd_scores(
         s, dp, lse[None, :], delta[None, :], keep, mask_s, scale, cap, keep_scale, SOFTCAP, DROPOUT, MASKED
     )
+    if MASKED:
+        q, _ = _finite(q)
+        dout, bad = _finite(dout)
+        p = tl.where((p > 0) & bad[None, :], float("nan"), p)
     dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
     dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
     return dk, dv
@@ -423,6 +470,29 @@ def _kernel_options(q, k, v, cu_seqlens_q, cu_seqlens_k, seed, options: Options)
     )  # fmt: skip
 
 
+def _describe(arguments: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    """Complete a launch: where table and tensors allow it, keys come through TMA descriptors."""
+    config = dict(config)
+    tensors = {name: arguments[name] for name in ("k_ptr", "v_ptr")}
+    dim = arguments["D"]
+    if (
+        config.pop("TMA", False)
+        and dim == arguments["BLOCK_D"]
+        and all(
+            x.stride(1) == dim
+            and x.stride(0) * x.element_size() % 16 == 0
+            and x.data_ptr() % 16 == 0
+            and len(x)
+            for x in tensors.values()
+        )
+    ):
+        for name, x in tensors.items():
+            shape, strides = [x.shape[0], x.shape[1] * dim], [x.stride(0), 1]
+            arguments = arguments | {name: TensorDescriptor(x, shape, strides, [config["BLOCK_N"], dim])}
+        return arguments | config | dict(TMA=True)
+    return arguments | config | dict(TMA=False)
+
+
 def _maps(
     layout_q: PackedLayout, layout_k: PackedLayout, q: Tensor, k: Tensor, dropout: bool, backward: bool
 ):
@@ -450,9 +520,9 @@ def _triton_forward(
     if len(tiles):
         config = attention_config("fwd", q.shape[2], q.element_size(), architecture(q.device))
         _attn_fwd_kernel[len(tiles), k.shape[1]](
-            **_kernel_options(q, k, v, cu_seqlens_q, cu_seqlens_k, seed, options),
+            **_describe(_kernel_options(q, k, v, cu_seqlens_q, cu_seqlens_k, seed, options), config),
             out_ptr=out, lse_ptr=lse, seq_ptr=sequences, tiles_ptr=tiles,
-            stride_ot=out.stride(0), stride_oh=out.stride(1), **config,
+            stride_ot=out.stride(0), stride_oh=out.stride(1),
         )  # fmt: skip
     return out, lse
 
@@ -475,9 +545,8 @@ def _triton_backward(dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, 
             D=dim, BLOCK_D=shared["BLOCK_D"], BLOCK_M=64, HAS_DLSE=dlse is not None,
         )  # fmt: skip
         _attn_bwd_dq_kernel[len(tiles_q), k.shape[1]](
-            **shared, dq_ptr=dq, seq_ptr=sequences_q, tiles_ptr=tiles_q,
-            stride_gt=dq.stride(0), stride_gh=dq.stride(1),
-            **attention_config("dq", dim, q.element_size(), arch),
+            **_describe(shared, attention_config("dq", dim, q.element_size(), arch)), dq_ptr=dq,
+            seq_ptr=sequences_q, tiles_ptr=tiles_q, stride_gt=dq.stride(0), stride_gh=dq.stride(1),
         )  # fmt: skip
     if len(tiles_k):
         _attn_bwd_dkv_kernel[len(tiles_k), k.shape[1]](

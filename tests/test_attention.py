@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from uncausal.bench import ladder
+from uncausal.kernels import attention
 from uncausal.kernels.attention import (
     _flash_attn_varlen,
     _flash_attn_varlen_backward,
@@ -265,6 +266,51 @@ def test_kernels_interpreted(lengths, mode, dtype):
 @pytest.mark.parametrize("dim", [80, 192])
 def test_kernels_interpreted_padded_heads(dim):
     check(make(([3, 70], [40, 33]), 2, 1, dim, torch.float32), MODES["dropout"], backend="triton")
+
+
+@pytest.mark.interpret
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("mode", ["plain", "dropout"])
+def test_kernels_interpreted_with_tensor_descriptors(mode, monkeypatch):
+    monkeypatch.setattr(attention, "architecture", lambda device: "sm90")
+    check(
+        make(([5, 1, 0, 17, 131, 3], [7, 1, 4, 11, 297, 0]), 4, 2, 32, torch.float16),
+        MODES[mode],
+        backend="triton",
+    )
+
+
+@pytest.mark.interpret
+def test_kernels_keep_a_bad_sequence_to_itself():
+    """A tile multiplied its neighbours' NaN by a probability of zero, and NaN reached sequences beside it."""
+    lengths = [30, 7, 64, 5, 6]
+    for bad in range(3):
+        q, k, v, cu, _ = make((lengths, lengths), 4, 2, 16, torch.float32)
+        good = gradients(flash_attn_varlen_func, q, k, v, cu, cu, return_attn_probs=True, backend="triton")
+        with torch.no_grad():
+            (q, k, v)[bad][cu[3] : cu[4]] = float("nan")
+        got = gradients(flash_attn_varlen_func, q, k, v, cu, cu, return_attn_probs=True, backend="triton")
+        others = torch.ones(sum(lengths), dtype=torch.bool)
+        others[cu[3] : cu[4]] = False
+        for a, b in zip(good, got, strict=True):
+            a, b = (x.t() if x.dim() == 2 else x for x in (a, b))
+            assert torch.equal(a[others], b[others])
+        assert got[0][~others].isnan().all()
+
+
+@pytest.mark.interpret
+def test_kernels_reach_beyond_32_bit_offsets():
+    """The last sequence of a batch of 2**31 elements; the memory before it is never touched."""
+    heads, dim, tail = 16, 64, 40
+    total = 2**31 // (heads * dim) + tail
+    q, k, v = (torch.empty(total, heads, dim, dtype=torch.float16) for _ in range(3))
+    ends = torch.randn(3, tail, heads, dim, generator=torch.Generator().manual_seed(0)).half()
+    for x, end in zip((q, k, v), ends, strict=True):
+        x[-tail:] = end
+    cu = torch.tensor([total - tail, total], dtype=torch.int32)
+    out = flash_attn_varlen_func(q, k, v, cu, cu, backend="triton")[-tail:]
+    expected, _ = flash_attn_varlen_ref(*ends.double(), cu - cu[0], cu - cu[0])
+    torch.testing.assert_close(out.double(), expected, atol=2e-3, rtol=0)
 
 
 def test_interpreted():
