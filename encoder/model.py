@@ -184,7 +184,6 @@ class Encoder(SentenceTransformer):
                 encoder = cls(
                     modules=[transformer, Pooling(transformer.get_embedding_dimension())], device=device
                 )
-        encoder.model_card_data.generate_widget_examples = False
         model = encoder.backbone
         if bidirectional or (bidirectional is None and not saved):
             make_bidirectional(model)
