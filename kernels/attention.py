@@ -138,8 +138,10 @@ def _exp2(x):
 def _fwd_step(
     acc, total, top, q, k_ptr, v_ptr, key, stride_kt, stride_vt, lo, hi, end, row, head, pid_h, seed_ptr,
     scale, cap, threshold,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SOFTCAP:
-    tl.constexpr, DROPOUT: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    SHARED: tl.constexpr,
+    TMA: tl.constexpr,
 ):  # fmt: skip
     offs_n = tl.arange(0, BLOCK_N)
     mask_n = key + offs_n < end
@@ -156,12 +158,12 @@ def _fwd_step(
     if MASKED:
         base = tl.where(new_top == float("-inf"), 0.0, new_top)
     p = tl.exp2(s * scale - base[:, None])
-    alpha = _exp2(top - base)
+    alpha = _exp2(top - base) if TMA else tl.exp2(top - base)
     total = total * alpha + tl.sum(p, 1)
     if DROPOUT:
         p = tl.where(_keep(seed_ptr, row, head, key, threshold, BLOCK_M, BLOCK_N), p, 0.0)
     v = _load_block(v_ptr, key, stride_vt, pid_h * D, mask_n, D, BLOCK_D, BLOCK_N, MASKED, TMA)
-    if MASKED:
+    if MASKED and SHARED:
         v, bad = _finite(v)
         p = tl.where((p > 0) & bad[None, :], float("nan"), p)
     acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
@@ -174,8 +176,8 @@ def _attn_fwd_kernel(
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh, stride_lh,
     scale, cap, left, right, threshold, keep_scale,
     G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, TMA:
-    tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    SHARED: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     first = tl.load(tiles_ptr + 2 * tl.program_id(0))
     last = tl.load(tiles_ptr + 2 * tl.program_id(0) + 1) - 1
@@ -202,7 +204,7 @@ def _attn_fwd_kernel(
         acc, total, top = _fwd_step(
             acc, total, top, q, k_ptr, v_ptr, full + i * BLOCK_N, stride_kt, stride_vt, lo0, hi0, hi1,
             token, head, pid_h, seed_ptr, scale, cap, threshold,
-            D, BLOCK_D, BLOCK_M, BLOCK_N, SOFTCAP, DROPOUT, False, PRECISION, TMA,
+            D, BLOCK_D, BLOCK_M, BLOCK_N, SOFTCAP, DROPOUT, False, PRECISION, SHARED, TMA,
         )  # fmt: skip
     # only blocks at an edge need every row's own bounds: loaded late, they cost the loop above no registers
     lo, hi = _visible(token, tl.load(seq_ptr + token), cu_q_ptr, cu_k_ptr, left, right, WINDOW)
@@ -211,7 +213,7 @@ def _attn_fwd_kernel(
         acc, total, top = _fwd_step(
             acc, total, top, q, k_ptr, v_ptr, key, stride_kt, stride_vt, lo, hi, hi1,
             token, head, pid_h, seed_ptr, scale, cap, threshold,
-            D, BLOCK_D, BLOCK_M, BLOCK_N, SOFTCAP, DROPOUT, True, PRECISION, TMA,
+            D, BLOCK_D, BLOCK_M, BLOCK_N, SOFTCAP, DROPOUT, True, PRECISION, SHARED, TMA,
         )  # fmt: skip
 
     empty = total == 0
@@ -258,6 +260,8 @@ def _bwd_scores(s, dp, lse, delta, keep, mask, scale, cap, keep_scale,
     ds = p * (dp - delta)
     if SOFTCAP:
         ds *= 1 - tanh * tanh
+    if MASKED:  # again, for 0 * NaN
+        ds = tl.where(mask, ds, 0.0)
     if DROPOUT:
         p = tl.where(keep, p * keep_scale, 0.0)
     return p, ds
@@ -267,8 +271,10 @@ def _bwd_scores(s, dp, lse, delta, keep, mask, scale, cap, keep_scale,
 def _bwd_dq_step(
     dq, q, dout, lse, delta, k_ptr, v_ptr, key, stride_kt, stride_vt, lo, hi, end, row, head, pid_h, seed_ptr,
     scale, cap, threshold, keep_scale,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SOFTCAP:
-    tl.constexpr, DROPOUT: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    SHARED: tl.constexpr,
+    TMA: tl.constexpr,
 ):  # fmt: skip
     offs_n = tl.arange(0, BLOCK_N)
     mask_n = key + offs_n < end
@@ -285,7 +291,7 @@ def _bwd_dq_step(
     _, ds = _bwd_scores(
         s, dp, lse[:, None], delta[:, None], keep, mask, scale, cap, keep_scale, SOFTCAP, DROPOUT, MASKED
     )
-    if MASKED:
+    if MASKED and SHARED:
         k, _ = _finite(k)
     return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
 
@@ -298,8 +304,8 @@ def _attn_bwd_dq_kernel(
     stride_gt, stride_gh, stride_lh,
     softmax_scale, scale, cap, left, right, threshold, keep_scale,
     G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, TMA:
-    tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    SHARED: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     first = tl.load(tiles_ptr + 2 * tl.program_id(0))
     last = tl.load(tiles_ptr + 2 * tl.program_id(0) + 1) - 1
@@ -333,7 +339,7 @@ def _attn_bwd_dq_kernel(
         dq = _bwd_dq_step(
             dq, q, dout, lse, delta, k_ptr, v_ptr, full + i * BLOCK_N, stride_kt, stride_vt, lo0, hi0, hi1,
             token, head, pid_h, seed_ptr, scale, cap, threshold, keep_scale,
-            D, BLOCK_D, BLOCK_M, BLOCK_N, SOFTCAP, DROPOUT, False, PRECISION, TMA,
+            D, BLOCK_D, BLOCK_M, BLOCK_N, SOFTCAP, DROPOUT, False, PRECISION, SHARED, TMA,
         )  # fmt: skip
     # only blocks at an edge need every row's own bounds: loaded late, they cost the loop above no registers
     lo, hi = _visible(token, tl.load(seq_ptr + token), cu_q_ptr, cu_k_ptr, left, right, WINDOW)
@@ -342,7 +348,7 @@ def _attn_bwd_dq_kernel(
         dq = _bwd_dq_step(
             dq, q, dout, lse, delta, k_ptr, v_ptr, key, stride_kt, stride_vt, lo, hi, hi1,
             token, head, pid_h, seed_ptr, scale, cap, threshold, keep_scale,
-            D, BLOCK_D, BLOCK_M, BLOCK_N, SOFTCAP, DROPOUT, True, PRECISION, TMA,
+            D, BLOCK_D, BLOCK_M, BLOCK_N, SOFTCAP, DROPOUT, True, PRECISION, SHARED, TMA,
         )  # fmt: skip
     mask_m = tl.arange(0, BLOCK_M) <= last - first
     dq_ptrs = dq_ptr + rows * stride_gt + head[:, None] * stride_gh + offs_d[None, :]
@@ -355,6 +361,7 @@ def _bwd_dkv_step(
     stride_lh, lo, hi, end, key, seed_ptr, scale, cap, threshold, keep_scale, pid_h,
     G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    SHARED: tl.constexpr,
 ):  # fmt: skip
     offs_m, offs_d = row + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     token, head = offs_m // G, offs_m % G + pid_h * G
@@ -384,7 +391,7 @@ def _bwd_dkv_step(
     p, ds = _bwd_scores(
         s, dp, lse[None, :], delta[None, :], keep, mask_s, scale, cap, keep_scale, SOFTCAP, DROPOUT, MASKED
     )
-    if MASKED:
+    if MASKED and SHARED:
         q, _ = _finite(q)
         dout, bad = _finite(dout)
         p = tl.where((p > 0) & bad[None, :], float("nan"), p)
@@ -402,6 +409,7 @@ def _attn_bwd_dkv_kernel(
     softmax_scale, scale, cap, left, right, threshold, keep_scale,
     G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    SHARED: tl.constexpr,
 ):  # fmt: skip
     first = tl.load(tiles_ptr + 2 * tl.program_id(0))
     last = tl.load(tiles_ptr + 2 * tl.program_id(0) + 1) - 1
@@ -430,7 +438,7 @@ def _attn_bwd_dkv_kernel(
             dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, full + i * BLOCK_M,
             stride_qt, stride_qh, stride_dt, stride_dh, stride_lh, lo0, hi0, hi1 * G, base, seed_ptr,
             scale, cap, threshold, keep_scale, tl.program_id(1),
-            G, D, BLOCK_D, BLOCK_M, BLOCK_N, SOFTCAP, DROPOUT, False, PRECISION,
+            G, D, BLOCK_D, BLOCK_M, BLOCK_N, SOFTCAP, DROPOUT, False, PRECISION, SHARED,
         )  # fmt: skip
     lo, hi = _visible(token, tl.load(seq_ptr + token), cu_k_ptr, cu_q_ptr, right, left, WINDOW)
     lo, hi = lo * G, hi * G
@@ -440,7 +448,7 @@ def _attn_bwd_dkv_kernel(
             dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, row,
             stride_qt, stride_qh, stride_dt, stride_dh, stride_lh, lo, hi, hi1 * G, base, seed_ptr,
             scale, cap, threshold, keep_scale, tl.program_id(1),
-            G, D, BLOCK_D, BLOCK_M, BLOCK_N, SOFTCAP, DROPOUT, True, PRECISION,
+            G, D, BLOCK_D, BLOCK_M, BLOCK_N, SOFTCAP, DROPOUT, True, PRECISION, SHARED,
         )  # fmt: skip
     mask = mask_n[:, None] & mask_d
     offs = pid_h * stride_gh + rows * stride_gt + offs_d[None, :]
@@ -466,7 +474,7 @@ def _kernel_options(q, k, v, cu_seqlens_q, cu_seqlens_k, seed, options: Options)
         keep_scale=65536 / (65536 - dropout_threshold(options.dropout_p)),
         G=q.shape[1] // k.shape[1], D=q.shape[2], BLOCK_D=max(16, triton.next_power_of_2(q.shape[2])),
         WINDOW=windowed, SOFTCAP=options.softcap > 0, DROPOUT=options.dropout_p > 0,
-        PRECISION="ieee",
+        PRECISION="ieee", SHARED=options.shared,
     )  # fmt: skip
 
 
@@ -494,12 +502,18 @@ def _describe(arguments: dict[str, Any], config: dict[str, Any]) -> dict[str, An
 
 
 def _maps(
-    layout_q: PackedLayout, layout_k: PackedLayout, q: Tensor, k: Tensor, dropout: bool, backward: bool
+    layout_q: PackedLayout,
+    layout_k: PackedLayout,
+    q: Tensor,
+    k: Tensor,
+    dropout: bool,
+    backward: bool,
+    shared: bool,
 ):
     """Return the maps that the kernels walk: tokens' sequences and tiles, of queries and then of keys."""
     group, arch = q.shape[1] // k.shape[1], architecture(q.device)
     config = {
-        kernel: attention_config(kernel, q.shape[2], q.element_size(), arch)
+        kernel: attention_config(kernel, q.shape[2], q.element_size(), arch, shared)
         for kernel in ("fwd", "dq", "dkv")
     }
     maps = [layout_q.sequence_of_token(), layout_q.tiles(config["fwd"]["BLOCK_M"], group)]
@@ -518,7 +532,7 @@ def _triton_forward(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
     if len(tiles):
-        config = attention_config("fwd", q.shape[2], q.element_size(), architecture(q.device))
+        config = attention_config("fwd", q.shape[2], q.element_size(), architecture(q.device), options.shared)
         _attn_fwd_kernel[len(tiles), k.shape[1]](
             **_describe(_kernel_options(q, k, v, cu_seqlens_q, cu_seqlens_k, seed, options), config),
             out_ptr=out, lse_ptr=lse, seq_ptr=sequences, tiles_ptr=tiles,
@@ -545,14 +559,14 @@ def _triton_backward(dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, 
             D=dim, BLOCK_D=shared["BLOCK_D"], BLOCK_M=64, HAS_DLSE=dlse is not None,
         )  # fmt: skip
         _attn_bwd_dq_kernel[len(tiles_q), k.shape[1]](
-            **_describe(shared, attention_config("dq", dim, q.element_size(), arch)), dq_ptr=dq,
-            seq_ptr=sequences_q, tiles_ptr=tiles_q, stride_gt=dq.stride(0), stride_gh=dq.stride(1),
+            **_describe(shared, attention_config("dq", dim, q.element_size(), arch, options.shared)),
+            dq_ptr=dq, seq_ptr=sequences_q, tiles_ptr=tiles_q, stride_gt=dq.stride(0), stride_gh=dq.stride(1),
         )  # fmt: skip
     if len(tiles_k):
         _attn_bwd_dkv_kernel[len(tiles_k), k.shape[1]](
             **shared, dk_ptr=dk, dv_ptr=dv, seq_ptr=sequences_k, tiles_ptr=tiles_k,
             stride_gt=dk.stride(0), stride_gh=dk.stride(1),
-            **attention_config("dkv", dim, q.element_size(), arch),
+            **attention_config("dkv", dim, q.element_size(), arch, options.shared),
         )  # fmt: skip
     return dq, dk, dv
 
@@ -583,8 +597,9 @@ def _flash_attn_varlen(
     softcap: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    if backend == "triton":
-        options = Options(softmax_scale, left, right, softcap, dropout_p, 0)
+    if backend != "torch":
+        shared = backend == "triton_shared"  # several sequences may share a tile
+        options = Options(softmax_scale, left, right, softcap, dropout_p, 0, shared)
         return _triton_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, seed, maps, options)
     arguments = (cu_seqlens_q, cu_seqlens_k, seed, dropout_p, softmax_scale, left, right, softcap)
     return attention_forward(q, k, v, *_torch_arguments(q, k, *arguments))
@@ -620,8 +635,9 @@ def _flash_attn_varlen_backward(
     softcap: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if backend == "triton":
-        options = Options(softmax_scale, left, right, softcap, dropout_p, 0)
+    if backend != "torch":
+        shared = backend == "triton_shared"  # several sequences may share a tile
+        options = Options(softmax_scale, left, right, softcap, dropout_p, 0, shared)
         if dlse is not None:
             dlse = dlse.contiguous()
         return _triton_backward(
@@ -730,7 +746,9 @@ def flash_attn_varlen_func(
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
         layouts = _layouts(layout, cu_seqlens_q, cu_seqlens_k, q, k)
         backward = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-        maps = _maps(*layouts, q, k, dropout_p > 0, backward)
+        shared = any(layout.lengths is None or min(layout.lengths, default=0) < 128 for layout in layouts)
+        backend = "triton_shared" if shared else "triton"
+        maps = _maps(*layouts, q, k, dropout_p > 0, backward, shared)
     out, lse = _flash_attn_varlen(
         q,
         k,

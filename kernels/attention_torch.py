@@ -29,6 +29,7 @@ class Options(NamedTuple):
     softcap: float
     dropout_p: float
     seed: int
+    shared: bool = False  # whether several sequences may share a tile of the kernels
 
 
 class Side(NamedTuple):

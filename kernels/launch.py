@@ -64,8 +64,8 @@ def processors(device: torch.device) -> int:
 _ATTENTION: dict[str, dict[tuple[str, int], dict[int, tuple[int, int, int, int]]]] = {
     "fwd": {
         ("cuda", 2): {64: (128, 128, 8, 2), 128: (128, 64, 8, 2), 256: (64, 64, 8, 2)},
-        ("sm86", 2): {64: (128, 128, 8, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
-        ("sm120", 2): {64: (128, 128, 8, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
+        ("sm86", 2): {64: (128, 128, 8, 2), 128: (64, 64, 4, 2), 256: (64, 32, 8, 2)},
+        ("sm120", 2): {64: (128, 64, 8, 2), 128: (64, 64, 4, 2), 256: (64, 32, 8, 2)},
         ("sm90", 2): {64: (128, 128, 8, 2), 128: (128, 128, 8, 2), 256: (128, 64, 8, 2)},
         ("hip", 2): {64: (128, 64, 4, 2), 128: (128, 64, 4, 1), 256: (64, 32, 4, 1)},
         ("cuda", 4): {64: (64, 32, 4, 2), 128: (32, 32, 4, 2), 256: (32, 32, 8, 1)},
@@ -78,7 +78,7 @@ _ATTENTION: dict[str, dict[tuple[str, int], dict[int, tuple[int, int, int, int]]
         ("hip", 4): {64: (32, 32, 4, 1), 128: (32, 32, 4, 1), 256: (32, 32, 8, 1)},
     },
     "dkv": {
-        ("cuda", 2): {64: (64, 128, 8, 2), 128: (32, 128, 8, 2), 256: (32, 64, 8, 1)},
+        ("cuda", 2): {64: (32, 64, 4, 2), 128: (32, 64, 8, 2), 256: (16, 64, 8, 1)},
         ("sm90", 2): {64: (64, 64, 4, 2), 128: (32, 128, 8, 2), 256: (32, 64, 8, 1)},
         ("hip", 2): {64: (64, 64, 4, 1), 128: (32, 64, 4, 1), 256: (32, 64, 8, 1)},
         ("cuda", 4): {64: (32, 64, 4, 1), 128: (32, 64, 8, 1), 256: (16, 64, 8, 1)},
@@ -87,7 +87,14 @@ _ATTENTION: dict[str, dict[tuple[str, int], dict[int, tuple[int, int, int, int]]
 }
 
 
-def attention_config(kernel: str, d: int, itemsize: int, arch: str) -> dict[str, Any]:
+# Where short sequences share tiles, blocks need more registers; smaller tiles also waste less of a block.
+_ATTENTION_SHARED: dict[str, dict[int, tuple[int, int, int, int]]] = {
+    "fwd": {64: (64, 64, 4, 2), 128: (64, 64, 8, 2), 256: (64, 32, 8, 2)},
+    "dkv": {64: (32, 64, 8, 2), 128: (16, 64, 8, 2), 256: (16, 64, 8, 1)},
+}
+
+
+def attention_config(kernel: str, d: int, itemsize: int, arch: str, shared: bool = False) -> dict[str, Any]:
     """Launch configuration of an attention kernel.
 
     Args:
@@ -95,6 +102,7 @@ def attention_config(kernel: str, d: int, itemsize: int, arch: str) -> dict[str,
         d: head dimension, at most 256.
         itemsize: bytes per element, 2 or 4.
         arch: one of ARCHS.
+        shared: whether several sequences may share a tile.
 
     Returns:
         Tiles, warps and stages; TMA, in "fwd" and "dq", tells whether keys may come through tensor
@@ -102,6 +110,8 @@ def attention_config(kernel: str, d: int, itemsize: int, arch: str) -> dict[str,
     """
     tables = _ATTENTION[kernel]
     table = tables.get((arch, itemsize)) or tables["hip" if arch.startswith("gfx") else "cuda", itemsize]
+    if shared and itemsize == 2 and not arch.startswith("gfx"):
+        table = _ATTENTION_SHARED.get(kernel, table)
     block_m, block_n, num_warps, num_stages = next(c for most, c in table.items() if d <= most)
     config: dict[str, Any] = dict(
         BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps, num_stages=num_stages

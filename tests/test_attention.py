@@ -16,6 +16,7 @@ from uncausal.kernels.attention import (
 )
 from uncausal.kernels.attention_torch import dropout_threshold, philox_keep
 from uncausal.kernels.launch import ARCHS, attention_config
+from uncausal.kernels.packing import PackedLayout
 
 SEED = 0x123456789ABCDE
 
@@ -308,7 +309,8 @@ def test_kernels_reach_beyond_32_bit_offsets():
     for x, end in zip((q, k, v), ends, strict=True):
         x[-tail:] = end
     cu = torch.tensor([total - tail, total], dtype=torch.int32)
-    out = flash_attn_varlen_func(q, k, v, cu, cu, backend="triton")[-tail:]
+    layout = PackedLayout(cu, total, lengths=(tail,))
+    out = flash_attn_varlen_func(q, k, v, cu, cu, layout=layout, backend="triton")[-tail:]
     expected, _ = flash_attn_varlen_ref(*ends.double(), cu - cu[0], cu - cu[0])
     torch.testing.assert_close(out.double(), expected, atol=2e-3, rtol=0)
 
