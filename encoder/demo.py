@@ -42,8 +42,8 @@ SIMCSE_STAGE = SimCSE(steps=16, learning_rate=2e-3, warmup_steps=4, scale=50.0, 
 STSB_STAGE = Contrastive(steps=22, learning_rate=1e-3, warmup_steps=4, scale=20.0, **COMMON)
 QUERIES = (
     "What causes autism?",
-    "How do plants make energy from sunlight?",
-    "Who conquered the Persian Empire?",
+    "How much light does snow reflect?",
+    "Who taught Alexander the Great?",
 )
 
 
