@@ -14,6 +14,7 @@ import dataclasses
 import importlib
 import json
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -125,15 +126,18 @@ def _cu_seqlens(*lengths: int) -> torch.Tensor:
     return torch.tensor([0, *lengths]).cumsum(0).int()
 
 
-def _attention() -> None:
+def _attention(*lengths: int) -> None:
+    """The host knows the lengths, so that sequences longer than a tile never share one."""
     from uncausal.kernels.attention import flash_attn_varlen_func
+    from uncausal.kernels.packing import PackedLayout
 
-    cu_seqlens = _cu_seqlens(300, 512)
+    layout = PackedLayout.from_lengths(lengths)
+    cu = layout.cu_seqlens
     for d in HEAD_DIMS:
-        q, k, v = (torch.randn(812, h, d, dtype=torch.bfloat16, requires_grad=True) for h in (4, 2, 2))
-        out = flash_attn_varlen_func(
-            q, k, v, cu_seqlens, cu_seqlens, return_attn_probs=True, backend="triton"
+        q, k, v = (
+            torch.randn(layout.total, h, d, dtype=torch.bfloat16, requires_grad=True) for h in (4, 2, 2)
         )
+        out = flash_attn_varlen_func(q, k, v, cu, cu, return_attn_probs=True, layout=layout, backend="triton")
         out[0].sum().backward()
 
 
@@ -173,7 +177,8 @@ def _flash_linear_attention(arch: str) -> None:
 
 
 KERNELS: dict[str, Callable[[], None]] = {
-    "attention": _attention,
+    "attention": partial(_attention, 300, 512),
+    "attention_short": partial(_attention, *[34] * 24),
     "info_nce": _info_nce,
     "latent_pooling": _latent_pooling,
 }

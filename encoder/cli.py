@@ -25,8 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         warnings.filterwarnings("ignore", module="peft")
     try:
         arguments.command(arguments)
-    except KeyboardInterrupt as stop:  # training stops with a checkpoint and says how to go on
-        print(f"uncausal: {stop or 'interrupted'}", file=sys.stderr)
+    except KeyboardInterrupt as stop:  # training leaves a checkpoint and says how to go on
+        print(f"uncausal: {str(stop) or 'interrupted'}", file=sys.stderr)
         return 130
     except (ValueError, OSError, NotImplementedError, RuntimeError) as error:
         if arguments.debug:
