@@ -351,7 +351,13 @@ def _located(source: str | Path, gguf_file: str | None) -> Iterator[str]:
     if isinstance(source, str) and (source.startswith((".", "/", "~")) or source.count("/") > 1):
         raise FileNotFoundError(f"no model at {source!r}: give a folder, a .gguf file or a Hugging Face id")
     if gguf_file is None:
-        yield str(source)
+        try:
+            yield str(source)
+        except OSError as error:
+            if isinstance(source, Path):
+                raise
+            reason = str(error).splitlines()[0]
+            raise FileNotFoundError(f"no model {source!r}: not a folder here, and {reason}") from error
         return
     try:
         config = GgufConfig(dequantize=True)

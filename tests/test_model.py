@@ -194,6 +194,12 @@ def test_unknown_model_is_named(path):
         Encoder.from_pretrained(path)
 
 
+def test_unreachable_model_is_named(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(FileNotFoundError, match="no model 'nobody/nothing'"):
+        Encoder.from_pretrained("nobody/nothing")
+
+
 def test_unsupported_gguf_is_named(tmp_path):
     import gguf
 
