@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import dataclasses
 import importlib
+import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -126,19 +127,27 @@ def _cu_seqlens(*lengths: int) -> torch.Tensor:
     return torch.tensor([0, *lengths]).cumsum(0).int()
 
 
-def _attention(*lengths: int) -> None:
-    """The host knows the lengths, so that sequences longer than a tile never share one."""
+LONG, SHORT = (300, 512), (34,) * 24
+EVERYTHING = dict(dropout_p=0.1, window_size=(100, 100), softcap=20.0)
+
+
+def _attention(
+    *calls: tuple[tuple[int, ...], dict[str, Any]],
+    dims: tuple[int, ...] = HEAD_DIMS,
+    dtype: torch.dtype = torch.bfloat16,
+) -> None:
+    """Forward and backward of each (lengths, options); known lengths above a tile's never share one."""
     from uncausal.kernels.attention import flash_attn_varlen_func
     from uncausal.kernels.packing import PackedLayout
 
-    layout = PackedLayout.from_lengths(lengths)
-    cu = layout.cu_seqlens
-    for d in HEAD_DIMS:
-        q, k, v = (
-            torch.randn(layout.total, h, d, dtype=torch.bfloat16, requires_grad=True) for h in (4, 2, 2)
+    for (lengths, options), d in itertools.product(calls, dims):
+        layout = PackedLayout.from_lengths(lengths)
+        cu = layout.cu_seqlens
+        q, k, v = (torch.randn(layout.total, h, d, dtype=dtype, requires_grad=True) for h in (4, 2, 2))
+        out, lse, _ = flash_attn_varlen_func(
+            q, k, v, cu, cu, return_attn_probs=True, layout=layout, backend="triton", **options
         )
-        out = flash_attn_varlen_func(q, k, v, cu, cu, return_attn_probs=True, layout=layout, backend="triton")
-        out[0].sum().backward()
+        (out.sum() + lse.sum() if options else out.sum()).backward()
 
 
 def _info_nce() -> None:
@@ -177,8 +186,13 @@ def _flash_linear_attention(arch: str) -> None:
 
 
 KERNELS: dict[str, Callable[[], None]] = {
-    "attention": partial(_attention, 300, 512),
-    "attention_short": partial(_attention, *[34] * 24),
+    "attention": partial(_attention, (LONG, {})),
+    "attention_short": partial(_attention, (SHORT, {})),
+    "attention_options": partial(_attention, (LONG, EVERYTHING), (SHORT, EVERYTHING)),
+    "attention_dims": partial(_attention, (LONG, {}), (SHORT, EVERYTHING), dims=(32, 80, 96, 160, 192, 256)),
+    "attention_fp32": partial(
+        _attention, (LONG, {}), (SHORT, EVERYTHING), dims=(64, 128, 256), dtype=torch.float32
+    ),
     "info_nce": _info_nce,
     "latent_pooling": _latent_pooling,
 }
@@ -217,6 +231,7 @@ def row(kernel: str, arch: str, launch: Launch) -> dict[str, Any]:
         "arch": arch,
         "dtype": dtype,
         "constants": tiles,
+        "flags": [name for name, value in launch.constexprs if value is True],
         "warps": built.num_warps,
         "stages": built.num_stages,
         "registers": built.registers,
@@ -267,7 +282,7 @@ def _installed(distribution: str) -> bool:
 
 def table(rows: Iterable[dict[str, Any]]) -> str:
     """Render report lines as a Markdown table."""
-    columns = "kernel,function,arch,dtype,D; tile,warps; stages,registers,spill B,shared B,programs/SM,"
+    columns = "kernel,function,arch,dtype,D; tile,flags,warps; stages,registers,spill B,shared B,programs/SM,"
     columns = (columns + "matrix instructions,mma/exp/issue,bound").split(",")
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     for r in rows:
@@ -277,11 +292,10 @@ def table(rows: Iterable[dict[str, Any]]) -> str:
         units = ", ".join(sorted({name.split(".")[0] for name in r["matrix_instructions"]})) or "none"
         cycles = f"{r['mma']:.0f}/{r['exp']:.0f}/{r['issue']:.0f}" if "mma" in r else ""
         bound = f"{100 * r['bound']:.1f} %" if "bound" in r else ""
-        lines.append(
-            f"| {r['kernel']} | {r['function'].strip('_')} | {r['arch']} | {r['dtype']} | {size}, {tile} "
-            f"| {r['warps']}, {r['stages']} | {r['registers']} | {r['spill_bytes']} | {r['shared_bytes']:,} "
-            f"| {r['occupancy']} | {units} | {cycles} | {bound} |"
-        )
+        cells = [r["kernel"], r["function"].strip("_"), r["arch"], r["dtype"], f"{size}, {tile}"]
+        cells += [" ".join(r["flags"]), f"{r['warps']}, {r['stages']}", r["registers"], r["spill_bytes"]]
+        cells += [f"{r['shared_bytes']:,}", r["occupancy"], units, cycles, bound]
+        lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
     return "\n".join(lines)
 
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from uncausal.bench import ladder
-from uncausal.kernels import attention
+from uncausal.kernels import attention_triton
 from uncausal.kernels.attention import (
     _flash_attn_varlen,
     _flash_attn_varlen_backward,
@@ -97,13 +97,34 @@ def test_gradcheck(mode):
 # --- the parametrisation of flash-attn's variable-length test, reduced ---
 
 
-@pytest.mark.parametrize("dim", [32, 64, 80, 96, 128, 160, 192, 256])
-@pytest.mark.parametrize("heads", [(6, 6), (6, 1), (6, 2)], ids=["mha", "mqa", "gqa"])
-@pytest.mark.parametrize("size", [(1, 147), (113, 203), (108, 256), (128, 128), (256, 113)], ids=str)
-def test_random_lengths(size, heads, dim):
+DIMS = [32, 59, 64, 80, 96, 128, 160, 192, 256]
+HEADS = {"mha": (6, 6), "mqa": (6, 1), "gqa": (6, 2)}
+SIZES = [(1, 147), (113, 203), (108, 256), (128, 128), (256, 113)]
+
+
+def random_lengths(size, dim):
     generator = torch.Generator().manual_seed(sum(size) + dim)
-    lengths = [torch.randint(max(1, n - 20), n + 1, (2,), generator=generator).tolist() for n in size]
-    check(make(lengths, *heads, dim, torch.float32), {})
+    return [torch.randint(max(1, n - 20), n + 1, (2,), generator=generator).tolist() for n in size]
+
+
+@pytest.mark.parametrize("dim", DIMS)
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_random_lengths(size, heads, dim):
+    check(make(random_lengths(size, dim), *HEADS[heads], dim, torch.float32), {})
+
+
+# heads take turns, so that each meets every dimension and every pair of lengths
+@pytest.mark.interpret
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize(
+    ("size", "heads", "dim"),
+    [(size, list(HEADS)[(i + j) % 3], dim) for i, size in enumerate(SIZES) for j, dim in enumerate(DIMS)],
+    ids=str,
+)
+def test_random_lengths_interpreted(size, heads, dim):
+    lengths = random_lengths(size, dim)
+    check(make(lengths, *HEADS[heads], dim, torch.float16), {}, backend="triton")
 
 
 # --- properties ---
@@ -230,7 +251,10 @@ def test_unsupported_arguments_are_named():
 def test_opcheck():
     q, k, v, cu_q, cu_k = make(([3, 0, 5], [4, 2, 1]), 4, 2, 8, torch.float32)
     seed = torch.tensor([SEED])
-    for options in ((None, [], 0.0, 0.3, -1, -1, 0.0, "torch"), (seed, [], 0.2, 0.3, 2, -1, 1.0, "torch")):
+    for options in (
+        (None, [], 0.3, -1, -1, 0.0, 0.0, False, "torch"),
+        (seed, [], 0.3, 2, -1, 1.0, 0.2, False, "torch"),
+    ):
         torch.library.opcheck(_flash_attn_varlen, (q, k, v, cu_q, cu_k, *options))
         out, lse = _flash_attn_varlen(q, k, v, cu_q, cu_k, *options)
         saved = [x.detach() for x in (out, q, k, v, out, lse)]
@@ -273,7 +297,7 @@ def test_kernels_interpreted_padded_heads(dim):
 @pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize("mode", ["plain", "dropout"])
 def test_kernels_interpreted_with_tensor_descriptors(mode, monkeypatch):
-    monkeypatch.setattr(attention, "architecture", lambda device: "sm90")
+    monkeypatch.setattr(attention_triton, "architecture", lambda device: "sm90")
     check(
         make(([5, 1, 0, 17, 131, 3], [7, 1, 4, 11, 297, 0]), 4, 2, 32, torch.float16),
         MODES[mode],
@@ -282,21 +306,41 @@ def test_kernels_interpreted_with_tensor_descriptors(mode, monkeypatch):
 
 
 @pytest.mark.interpret
-def test_kernels_keep_a_bad_sequence_to_itself():
+@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=["nan", "inf"])
+@pytest.mark.parametrize("arch", ["sm80", "sm90"])  # pointers, descriptors
+@pytest.mark.parametrize(
+    ("lengths", "bad"), [([30, 7, 64, 5, 6], 3), ([130, 150, 140], 1)], ids=["shared", "long"]
+)
+@pytest.mark.parametrize("mode", ["plain", "window", "dropout"])
+def test_kernels_keep_a_bad_sequence_to_itself(lengths, bad, mode, arch, value, monkeypatch):
     """A tile multiplied its neighbours' NaN by a probability of zero, and NaN reached sequences beside it."""
-    lengths = [30, 7, 64, 5, 6]
-    for bad in range(3):
-        q, k, v, cu, _ = make((lengths, lengths), 4, 2, 16, torch.float32)
-        good = gradients(flash_attn_varlen_func, q, k, v, cu, cu, return_attn_probs=True, backend="triton")
-        with torch.no_grad():
-            (q, k, v)[bad][cu[3] : cu[4]] = float("nan")
-        got = gradients(flash_attn_varlen_func, q, k, v, cu, cu, return_attn_probs=True, backend="triton")
-        others = torch.ones(sum(lengths), dtype=torch.bool)
-        others[cu[3] : cu[4]] = False
+    monkeypatch.setattr(attention_triton, "architecture", lambda device: arch)
+    layout = PackedLayout.from_lengths(lengths)
+    call = dict(return_attn_probs=True, backend="triton", layout=layout, **MODES[mode])
+    q, k, v, cu, _ = make((lengths, lengths), 2, 1, 16, torch.float16)
+    good = gradients(flash_attn_varlen_func, q, k, v, cu, cu, **call)
+    others = torch.ones(sum(lengths), dtype=torch.bool)
+    others[cu[bad] : cu[bad + 1]] = False
+    for i in range(3):
+        inputs = [x.detach().clone() for x in (q, k, v)]
+        inputs[i][~others] = value
+        got = gradients(flash_attn_varlen_func, *(x.requires_grad_() for x in inputs), cu, cu, **call)
         for a, b in zip(good, got, strict=True):
             a, b = (x.t() if x.dim() == 2 else x for x in (a, b))
             assert torch.equal(a[others], b[others])
-        assert got[0][~others].isnan().all()
+        assert not got[0][~others].isfinite().any()
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("mode", ["plain", "all"])
+def test_kernels_do_not_depend_on_the_order_of_programs(mode, monkeypatch):
+    call = dict(return_attn_probs=True, backend="triton", **MODES[mode])
+    tensors = make(LENGTHS["cross"], 6, 2, 16, torch.float16)
+    first = gradients(flash_attn_varlen_func, *tensors, **call)
+    tiles = PackedLayout.tiles
+    monkeypatch.setattr(PackedLayout, "tiles", lambda self, *args: tiles(self, *args).flip(0))
+    second = gradients(flash_attn_varlen_func, *tensors, **call)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 @pytest.mark.interpret
@@ -315,6 +359,25 @@ def test_kernels_reach_beyond_32_bit_offsets():
     torch.testing.assert_close(out.double(), expected, atol=2e-3, rtol=0)
 
 
+@pytest.mark.interpret
+@pytest.mark.parametrize("strides", [(2**26 + 8, 16, 1), (16, 2**30 + 8, 1)], ids=["token", "head"])
+def test_kernels_reach_beyond_32_bit_offsets_with_strides(strides):
+    """Offsets pass 2**31 between tokens, or between heads, forward and backward."""
+    tensors = make(([20, 17], [20, 17]), 3, 3, 16, torch.float16)
+    extent = 1 + sum((n - 1) * stride for n, stride in zip(tensors[0].shape, strides, strict=True))
+    far = []
+    for x in (*tensors[:3], torch.randn(37, 3, 16, generator=torch.Generator().manual_seed(1)).half()):
+        far.append(torch.empty(extent, dtype=x.dtype).as_strided(x.shape, strides))  # pages untouched but few
+        far[-1].copy_(x.detach())
+    cu = tensors[3]
+    results = []
+    for q, k, v, dout in (far, [x.contiguous() for x in far]):
+        q, k, v = (x.requires_grad_() for x in (q, k, v))
+        out = flash_attn_varlen_func(q, k, v, cu, cu, backend="triton")
+        results.append((out, *torch.autograd.grad(out, (q, k, v), dout)))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 def test_interpreted():
     ladder.interpret(__file__)
 
@@ -326,6 +389,8 @@ def test_interpreted():
         pytest.param("short", (6, 2), 32, "plain", torch.bfloat16, id="small-T91-H6-HK2-D32-bf16"),
         pytest.param("long", (2, 1), 64, "dropout", torch.float16, id="T300-H2-HK1-D64-dropout-fp16"),
         pytest.param("short", (2, 2), 80, "all", torch.bfloat16, id="T91-H2-HK2-D80-all-bf16"),
+        pytest.param("short", (4, 2), 128, "dropout", torch.float16, id="T91-H4-HK2-D128-dropout-fp16"),
+        pytest.param("long", (2, 2), 64, "window", torch.bfloat16, id="T300-H2-HK2-D64-window-bf16"),
     ],
 )
 def test_kernels_sanitised(lengths, heads, dim, mode, dtype):
