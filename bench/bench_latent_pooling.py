@@ -169,21 +169,24 @@ def bench(args: argparse.Namespace) -> dict:
 def break_even(args: argparse.Namespace) -> dict:
     """Time a training step folded and unfolded around the token count where `cheapest_fold` changes its
     mind."""
+    args.tokens = 1 << 14
     layer, hidden, _ = make_layer(args)
     layer.train()
-    tokens = next(n for n in range(1, 1 << 20) if layer.cheapest_fold(n) != "none")
+    tokens = next(n for n in range(1, args.tokens) if layer.cheapest_fold(n) != "none")
     rows = {}
     for count in (tokens // 2, tokens * 3 // 4, tokens, tokens * 3 // 2, tokens * 2):
         x, cu_seqlens = hidden[:count], torch.tensor([0, count], dtype=torch.int32, device=args.device)
         times: dict[str, list[float]] = {"none": [], "attention": []}
-        for _ in range(max(3, args.repeats // 2)):
+        for repeat in range(args.repeats + 1):
             for plan, taken in times.items():
                 layer.cheapest_fold = lambda tokens=None, plan=plan: plan
                 layer.zero_grad(set_to_none=False)
-                step = seconds(lambda x=x, cu=cu_seqlens: training(folded, layer, x, cu), args.device)
-                taken.append(step[0] if args.device == "cuda" else step[1])
-        rows[count] = statistics.median(times["none"]) / statistics.median(times["attention"])
-    return {"counted_tokens": tokens, "unfolded_over_folded": rows}
+                elapsed, _ = seconds(lambda x=x, cu=cu_seqlens: training(folded, layer, x, cu), args.device)
+                if repeat:
+                    taken.append(elapsed)
+        none, attention = (1e3 * statistics.median(taken) for taken in times.values())
+        rows[count] = {"unfolded_ms": none, "folded_ms": attention, "unfolded_over_folded": none / attention}
+    return {"rule_folds_from": tokens, "by_tokens": rows}
 
 
 def main() -> None:
