@@ -17,6 +17,7 @@ from torch import Tensor
 
 BLOCK_SCORES = 1 << 18  # 1 MB in fp32, the second-level cache of one core
 DIRECT_LENGTH = 48  # tokens; longer sequences go to torch's kernel. Picked from noisy timings, not swept
+BUCKET_SCORES = 1 << 16  # padding that costs as much as the calls for one more bucket
 PHILOX_ROUNDS = 7  # the fewest rounds that pass BigCrush (Salmon et al., 2011, table 2)
 
 
@@ -61,9 +62,9 @@ class Bucket(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """Which sequences are computed alone, as (query slice, key slice), and which together."""
+    """Which sequences are computed alone, as (first query, count), (first key, count), and which together."""
 
-    direct: tuple[tuple[slice, slice], ...]
+    direct: tuple[tuple[tuple[int, int], tuple[int, int]], ...]
     buckets: tuple[Bucket, ...]
     heads: int  # HK
     group: int  # G
@@ -83,16 +84,16 @@ def plan_batch(
             idle_q |= q0 < q1
             idle_k |= k0 < k1
         elif direct and q1 - q0 >= DIRECT_LENGTH:
-            alone.append((slice(q0, q1), slice(k0, k1)))
+            alone.append(((q0, q1 - q0), (k0, k1 - k0)))
         else:
             members.append((q1 - q0, k1 - k0, q0, k0))
     buckets: list[list[tuple[int, int, int, int]]] = []
     for member in sorted(members, reverse=True):
         if buckets:
-            longest = buckets[-1][0][0], max(m[1] for m in buckets[-1])
-            near = all(abs(top - n) <= max(n // 16, 3) for top, n in zip(longest, member[:2], strict=True))
-            scores = (len(buckets[-1]) + 1) * heads * group * longest[0] * max(longest[1], member[1])
-            if near and scores <= BLOCK_SCORES:
+            together = [*buckets[-1], member]
+            scores = len(together) * together[0][0] * max(m[1] for m in together) * heads * group
+            padding = scores - sum(m[0] * m[1] for m in together) * heads * group
+            if scores <= BLOCK_SCORES and padding <= max(scores // 8, BUCKET_SCORES):
                 buckets[-1].append(member)
                 continue
         buckets.append([member])
@@ -225,12 +226,14 @@ def _keep(bucket: Bucket, rows: slice, plan: Plan, opts: Options) -> Tensor | No
     return dropout_keep(opts.seed, opts.dropout_p, token, head[None], k.start, k.length).flatten(0, 1)
 
 
-def _dense(x: Tensor, part: slice, group: int, dtype: torch.dtype) -> Tensor:
-    """Take some tokens of (T, H, D), each head `group` times, as (1, group * H, L, D)."""
-    x = x[part].to(dtype)
-    if group > 1:
-        x = x[:, :, None].expand(-1, -1, group, -1).flatten(1, 2)
-    return x.transpose(0, 1)[None]
+def _query_heads(x: Tensor, plan: Plan) -> Tensor:
+    """View (T, H, ...) as (HK, G, T, ...)."""
+    return x.unflatten(1, (plan.heads, plan.group)).movedim(0, 2)
+
+
+def _key_heads(x: Tensor, plan: Plan) -> Tensor:
+    """View (T, HK, D) as (HK, G, T, D), the same keys for each head of a group."""
+    return x.transpose(0, 1)[:, None].expand(-1, plan.group, -1, -1)
 
 
 def attention_forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, opts: Options) -> tuple[Tensor, Tensor]:
@@ -247,11 +250,8 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, opts: Options
     if plan.idle_q:
         out.zero_()
         lse.fill_(-torch.inf)
-    for rows, keys in plan.direct:
-        qi, ki, vi = _dense(q, rows, 1, dtype), *(_dense(x, keys, plan.group, dtype) for x in (k, v))
-        o, stat = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(qi, ki, vi, scale=opts.scale)
-        out[rows] = o[0].transpose(0, 1)
-        lse[rows] = stat[0].t()
+    if plan.direct:
+        _forward_direct(q, k, v, out, lse, plan, opts)
     dim, keep_scale = q.shape[2], 65536 / (65536 - dropout_threshold(opts.dropout_p))
     q, out_rows, lse_rows = (x.reshape(-1, plan.group * n) for x, n in ((q, dim), (out, dim), (lse, 1)))
     k, v = k.reshape(-1, dim), v.reshape(-1, dim)
@@ -276,6 +276,18 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, opts: Options
     return out, lse.t().contiguous()
 
 
+def _forward_direct(q, k, v, out, lse, plan: Plan, opts: Options) -> None:
+    """Write out (T, H, D) and lse (T, H) of the plan's direct sequences, with torch's own kernel."""
+    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+    q, out, lse = _query_heads(q.to(lse.dtype), plan), _query_heads(out, plan), _query_heads(lse, plan)
+    k, v = (_key_heads(x.to(lse.dtype), plan) for x in (k, v))
+    for (row, rows), (key, keys) in plan.direct:
+        parts = q.narrow(2, row, rows), k.narrow(2, key, keys), v.narrow(2, key, keys)
+        result, stat = attend(*parts, scale=opts.scale)
+        out.narrow(2, row, rows).copy_(result)
+        lse.narrow(2, row, rows).copy_(stat)
+
+
 def attention_backward(
     dout: Tensor,
     dlse: Tensor | None,
@@ -296,19 +308,27 @@ def attention_backward(
         x.new_zeros(x.shape) if idle else x.new_empty(x.shape)
         for x, idle in ((q, plan.idle_q), (k, plan.idle_k), (v, plan.idle_k))
     )
-    for rows, keys in plan.direct:
-        qi, oi, doi = (_dense(x, rows, 1, dtype) for x in (q, out, dout))
-        ki, vi = (_dense(x, keys, plan.group, dtype) for x in (k, v))
-        grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            doi, qi, ki, vi, oi, lse[None, :, rows], 0.0, False, scale=opts.scale
-        )
-        dq[rows] = grads[0][0].transpose(0, 1)
-        for into, grad in ((dk, grads[1]), (dv, grads[2])):
-            parts = grad[0].transpose(0, 1).unflatten(1, (-1, plan.group)).unbind(2)
-            into[keys] = sum(parts[1:], parts[0])
+    if plan.direct:
+        _backward_direct(dout, q, k, v, out, lse, dq, dk, dv, plan, opts)
     if plan.buckets:
         _backward_buckets(dout, dlse, q, k, v, out, lse, dq, dk, dv, plan, opts, dtype)
     return dq, dk, dv
+
+
+def _backward_direct(dout, q, k, v, out, lse, dq, dk, dv, plan: Plan, opts: Options) -> None:
+    """Write the gradients of the plan's direct sequences, with torch's own kernel."""
+    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+    q, out, dout = (_query_heads(x.to(lse.dtype), plan) for x in (q, out, dout))
+    k, v = (_key_heads(x.to(lse.dtype), plan) for x in (k, v))
+    lse, dq = lse.unflatten(0, (plan.heads, plan.group)), _query_heads(dq, plan)
+    dk, dv = dk.transpose(0, 1), dv.transpose(0, 1)  # [HK, Tk, D]
+    for (row, rows), (key, keys) in plan.direct:
+        qs = [x.narrow(2, row, rows) for x in (dout, q, out, lse)]
+        ks = [x.narrow(2, key, keys) for x in (k, v)]
+        grads = attend(qs[0], qs[1], *ks, qs[2], qs[3], 0.0, False, scale=opts.scale)
+        dq.narrow(2, row, rows).copy_(grads[0])
+        dk.narrow(1, key, keys).copy_(grads[1].sum(1))
+        dv.narrow(1, key, keys).copy_(grads[2].sum(1))
 
 
 def _backward_buckets(
