@@ -31,6 +31,7 @@ from transformers import AutoModel, AutoTokenizer, GgufConfig
 from uncausal.encoder import attention as packed_attention
 from uncausal.encoder.conversion import assert_bidirectional, make_bidirectional
 from uncausal.encoder.files import staged
+from uncausal.encoder.linear import quantize_linear, use_onednn
 from uncausal.encoder.pooling import LatentPooling
 from uncausal.encoder.pruning import prune_layers
 
@@ -49,6 +50,10 @@ class PackedTransformer(Transformer):
     It packs whenever the backbone uses this package's attention; with any other attention it is the library's
     module unchanged. It is saved under the library's name, so that a saved encoder needs nothing from here.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        use_onednn(self.model)
 
     def _can_flatten_inputs(self) -> bool:
         return (
@@ -120,6 +125,7 @@ class Encoder(SentenceTransformer):
     `Encoder(path)` loads a saved encoder as `SentenceTransformer(path)` does.
     """
 
+    _quantized = False
     _module_classes = {
         LIBRARY_TRANSFORMER: PackedTransformer,
         f"{LatentPooling.__module__}.{LatentPooling.__name__}": LatentPooling,
@@ -236,6 +242,19 @@ class Encoder(SentenceTransformer):
         """Keep the first `num_layers` decoder layers (L3Prune's manual mode)."""
         prune_layers(self.backbone, num_layers)
 
+    def quantize(self) -> None:
+        """Turn most of the backbone's weights to int8 for serving on a CPU; the rest becomes float32.
+
+        What it gains in speed and costs in quality is in `bench/RESULTS.md`. The encoder can no longer be
+        trained or saved.
+
+        Raises:
+            ValueError: the encoder is not on a CPU, or this build of torch has no int8 products.
+        """
+        quantize_linear(self.float().backbone, self.backbone.config.hidden_size)
+        self.requires_grad_(False)
+        self._quantized = True
+
     def get_model_kwargs(self) -> list[str]:
         return [*super().get_model_kwargs(), "batch_tokens"]
 
@@ -305,7 +324,12 @@ class Encoder(SentenceTransformer):
 
         Files are written beside `path` and moved in when all are complete: a full disk or Ctrl-C leaves an
         earlier save as it was.
+
+        Raises:
+            ValueError: the weights are int8.
         """
+        if self._quantized:
+            raise ValueError("int8 weights are not saved: save before quantize(), and quantize when serving")
         with staged(Path(path)) as staging:
             super().save(str(staging), *args, **kwargs)
             modules = json.loads((staging / "modules.json").read_text())

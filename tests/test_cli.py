@@ -108,6 +108,17 @@ def test_encode_writes_npy_and_parquet(folder, tmp_path, capsys):
     assert [file.suffix for file in sorted(tmp_path.iterdir())] == [".npy", ".parquet"]
 
 
+def test_encode_int8(folder, tmp_path, capsys):
+    vectors = []
+    for name, flags in (("plain.npy", []), ("int8.npy", ["--int8"])):
+        paths = folder / "encoder", folder / "texts.txt", tmp_path / name
+        run(capsys, "encode", *paths, "--dtype", "float32", "--device", "cpu", *flags)
+        vectors.append(np.load(tmp_path / name))
+    plain, int8 = (v / np.linalg.norm(v, axis=1, keepdims=True) for v in vectors)
+    assert not np.array_equal(plain, int8)
+    assert (plain * int8).sum(1).min() > 0.97
+
+
 def test_encode_reads_jsonl_from_stdin(folder, tmp_path, capsys, monkeypatch):
     lines = "".join(json.dumps({"body": text}) + "\n" for text in TEXTS).encode()
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines)))
