@@ -98,12 +98,19 @@ def _matrix_cycles(name: str, arch: Arch, warps: int) -> float:
 
 
 def _tensor_memory_flops(ttgir: str, instructions: int) -> int:
-    """FLOPs of the loop that holds so many UTCHMMA: their shapes stand only in Triton's own IR."""
-    candidates = set()
+    """FLOPs of the loop that holds so many UTCHMMA: their shapes stand only in Triton's own IR.
+
+    A loop without an exact match may be one that the assembler unrolled.
+    """
+    loops = []
     for loop in _ttgir_loops(ttgir):
         shapes = [(m, n, k) for m, n, k, _ in _dots(loop)]
-        if sum(-(-m // 128) * -(-n // 256) * -(-k // 16) for m, n, k in shapes) == instructions:
-            candidates.add(sum(2 * m * n * k for m, n, k in shapes))
+        count = sum(-(-m // 128) * -(-n // 256) * -(-k // 16) for m, n, k in shapes)
+        loops.append((count, sum(2 * m * n * k for m, n, k in shapes)))
+    candidates = {flops for count, flops in loops if count == instructions}
+    candidates = candidates or {
+        flops * instructions // count for count, flops in loops if count and instructions % count == 0
+    }
     if len(candidates) != 1:
         raise ValueError(f"{len(candidates)} loops of the IR match {instructions} UTCHMMA instructions")
     return candidates.pop()

@@ -136,7 +136,7 @@ def flash_attn_varlen_func(
             kernels.
         dropout_seed: (1,) int64 tensor or integer that replays a dropout mask; drawn from torch's generator
             when None.
-        backend: "auto", "triton" or "torch".
+        backend: "auto", "triton" or "torch"; Triton takes D <= 256, and 128 in fp32.
 
     Returns:
         out (T, H, D); with return_attn_probs (out, lse, None), where lse (H, T) is differentiable, in natural
@@ -159,11 +159,13 @@ def flash_attn_varlen_func(
     right = 0 if causal else right
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
     seed = _dropout_seed(dropout_p, dropout_seed, q.device)
+    if backend == "auto" and q.dtype == torch.float32 and q.shape[2] > 128:
+        backend = "torch"  # no tile holds them
     backend = resolve_backend(backend, q)
     options = Options(scale, left, right, float(softcap), float(dropout_p), seed=0)
     maps: list[Tensor] = []
     if backend == "triton":
-        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+        q, k, v = (attention_triton.addressable(x) for x in (q, k, v))
         layouts = _layouts(layout, cu_seqlens_q, cu_seqlens_k, q, k)
         options = options._replace(shared=any(attention_triton.may_share_tiles(x) for x in layouts))
         backward = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)

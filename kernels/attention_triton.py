@@ -8,7 +8,8 @@ keys' side. Scores are in base 2 inside.
 Layout legend: T packed tokens, H query heads, HK key heads, G = H / HK, D head dimension.
 """
 
-# pyright: reportArgumentType=false, reportIndexIssue=false, reportCallIssue=false, reportOperatorIssue=false
+# pyright: reportArgumentType=false, reportIndexIssue=false, reportCallIssue=false
+# pyright: reportOperatorIssue=false, reportGeneralTypeIssues=false
 # (inside a kernel, and in a launch, values are not what their annotations say)
 
 import math
@@ -340,6 +341,7 @@ def _attn_bwd_dkv_kernel(
     softmax_scale, scale, cap, left, right, threshold, keep_scale,
     G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, SHARED: tl.constexpr,
+    DK: tl.constexpr, DV: tl.constexpr,
 ):  # fmt: skip
     first = tl.load(tiles_ptr + 2 * tl.program_id(0))
     last = tl.load(tiles_ptr + 2 * tl.program_id(0) + 1) - 1
@@ -390,17 +392,27 @@ def _attn_bwd_dkv_kernel(
                 q, _ = _finite(q)
                 dout, bad = _finite(dout)
                 p = tl.where((p > 0) & bad[None, :], float("nan"), p)
-            dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee")
-            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+            if DV:
+                dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee")
+            if DK:
+                dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
 
     mask = ((offs_n >= first) & (offs_n <= last))[:, None] & (offs_d < D)[None, :]
     offs_g = _offsets(token, stride_gt, stride_gh, 1)[:, None] + offs_d[None, :]
-    tl.store(dk_ptr + offs_g, (dk * softmax_scale).to(dk_ptr.dtype.element_ty), mask=mask)
-    tl.store(dv_ptr + offs_g, dv.to(dv_ptr.dtype.element_ty), mask=mask)
+    if DK:
+        tl.store(dk_ptr + offs_g, (dk * softmax_scale).to(dk_ptr.dtype.element_ty), mask=mask)
+    if DV:
+        tl.store(dv_ptr + offs_g, dv.to(dv_ptr.dtype.element_ty), mask=mask)
 
 
 def _config(kernel: str, q: Tensor, options: Options) -> dict[str, Any]:
-    return attention_config(kernel, q.shape[2], q.element_size(), architecture(q.device), options.shared)
+    plain = not options.shared and options[1:5] == (-1, -1, 0, 0)
+    return attention_config(kernel, q.shape[2], q.element_size(), architecture(q.device), plain)
+
+
+def addressable(x: Tensor) -> Tensor:
+    """Return x, or a copy where kernels can't address it: they step within a block in 32 bits."""
+    return x if x.stride(-1) == 1 and x.stride(0) < 1 << 24 else x.contiguous()
 
 
 def may_share_tiles(layout: PackedLayout) -> bool:
@@ -498,7 +510,7 @@ def attention_backward(
     options: Options,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of q, k and v."""
-    dout = dout if dout.stride(-1) == 1 else dout.contiguous()
+    dout = addressable(dout)
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     top, delta = torch.empty_like(lse), torch.empty_like(lse)
     sequences_q, _, tiles_q, sequences_k, tiles_k = maps
@@ -520,10 +532,13 @@ def attention_backward(
             **arguments, **_descriptors(k, v, _config("dq", q, options)),
             dq_ptr=dq, seq_ptr=sequences_q, tiles_ptr=tiles_q, stride_gt=dq.stride(0), stride_gh=dq.stride(1),
         )  # fmt: skip
-    if len(tiles_k):
+    # above 128 dimensions, 64 in fp32, the registers hold one of the two sums
+    both = q.shape[2] * q.element_size() <= 256
+    parts = [(True, True)] if both else [(True, False), (False, True)]
+    for want_dk, want_dv in parts if len(tiles_k) else ():
         _attn_bwd_dkv_kernel[len(tiles_k), k.shape[1]](
             **arguments, **_config("dkv", q, options),
             dk_ptr=dk, dv_ptr=dv, seq_ptr=sequences_k, tiles_ptr=tiles_k,
-            stride_gt=dk.stride(0), stride_gh=dk.stride(1),
+            stride_gt=dk.stride(0), stride_gh=dk.stride(1), DK=want_dk, DV=want_dv,
         )  # fmt: skip
     return dq, dk, dv

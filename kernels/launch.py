@@ -60,63 +60,92 @@ def processors(device: torch.device) -> int:
 
 # Attention: BLOCK_M, BLOCK_N, num_warps, num_stages by kernel, architecture, bytes per element and the head
 # dimension up to which they hold. The static report picked them: no spills, then the best modelled bound.
+# "sm86" stands for sm120 too, which has as little shared memory.
 
-_ATTENTION: dict[str, dict[tuple[str, int], dict[int, tuple[int, int, int, int]]]] = {
+_Tables = dict[str, dict[tuple[str, int], dict[int, tuple[int, int, int, int]]]]
+
+# Where short sequences share tiles, blocks need more registers, as dropout and softcap do; and smaller tiles
+# waste less of a block.
+_ATTENTION: _Tables = {
     "fwd": {
-        ("cuda", 2): {64: (128, 128, 8, 2), 128: (128, 64, 8, 2), 256: (64, 64, 8, 2)},
-        ("sm86", 2): {64: (128, 128, 8, 2), 128: (64, 64, 4, 2), 256: (64, 32, 8, 2)},
-        ("sm120", 2): {64: (128, 64, 8, 2), 128: (64, 64, 4, 2), 256: (64, 32, 8, 2)},
-        ("sm90", 2): {64: (128, 128, 8, 2), 128: (128, 128, 8, 2), 256: (128, 64, 8, 2)},
-        ("hip", 2): {64: (128, 64, 4, 2), 128: (128, 64, 4, 1), 256: (64, 32, 4, 1)},
-        ("cuda", 4): {64: (64, 32, 4, 2), 128: (32, 32, 4, 2), 256: (32, 32, 8, 1)},
-        ("hip", 4): {64: (64, 32, 4, 1), 128: (32, 32, 4, 1), 256: (32, 32, 8, 1)},
+        ("cuda", 2): {128: (64, 32, 4, 2), 256: (64, 32, 8, 2)},
+        ("hip", 2): {128: (64, 32, 4, 2), 256: (32, 32, 4, 2)},
+        ("cuda", 4): {64: (32, 32, 4, 1), 128: (16, 32, 8, 1)},
+        ("sm86", 4): {128: (32, 32, 8, 1)},
+        ("hip", 4): {64: (64, 32, 4, 1), 128: (32, 32, 4, 1)},
     },
     "dq": {
-        ("cuda", 2): {64: (64, 64, 4, 2), 128: (64, 32, 4, 2), 256: (64, 32, 8, 2)},
-        ("hip", 2): {64: (64, 64, 4, 1), 128: (64, 32, 4, 1), 256: (32, 32, 4, 1)},
-        ("cuda", 4): {64: (32, 32, 4, 1), 128: (32, 32, 8, 1), 256: (32, 32, 8, 1)},
-        ("hip", 4): {64: (32, 32, 4, 1), 128: (32, 32, 4, 1), 256: (32, 32, 8, 1)},
+        ("cuda", 2): {128: (64, 32, 4, 2), 256: (32, 32, 8, 2)},
+        ("sm90", 2): {128: (64, 32, 4, 2), 256: (32, 32, 4, 2)},  # 64 rows, as HGMMA needs, would spill
+        ("sm100", 2): {128: (64, 32, 4, 2), 256: (64, 32, 8, 2)},
+        ("hip", 2): {128: (64, 32, 4, 2), 256: (32, 32, 4, 2)},
+        ("cuda", 4): {128: (32, 32, 8, 1)},
+        ("hip", 4): {128: (32, 32, 4, 1)},
     },
     "dkv": {
-        ("cuda", 2): {64: (32, 64, 4, 2), 128: (32, 64, 8, 2), 256: (16, 64, 8, 1)},
-        ("sm90", 2): {64: (64, 64, 4, 2), 128: (32, 128, 8, 2), 256: (32, 64, 8, 1)},
-        ("hip", 2): {64: (64, 64, 4, 1), 128: (32, 64, 4, 1), 256: (32, 64, 8, 1)},
-        ("cuda", 4): {64: (32, 64, 4, 1), 128: (32, 64, 8, 1), 256: (16, 64, 8, 1)},
-        ("hip", 4): {64: (32, 64, 4, 1), 128: (32, 64, 4, 1), 256: (32, 64, 8, 1)},
+        ("cuda", 2): {64: (16, 64, 4, 2), 128: (16, 64, 8, 1), 256: (32, 64, 8, 1)},
+        ("sm90", 2): {64: (16, 64, 4, 2), 128: (16, 64, 4, 1), 256: (16, 128, 8, 1)},
+        ("sm100", 2): {64: (16, 64, 4, 2), 128: (16, 64, 4, 1), 256: (16, 64, 8, 1)},
+        ("hip", 2): {128: (16, 64, 4, 2), 256: (16, 64, 4, 1)},
+        ("cuda", 4): {64: (16, 64, 4, 1), 128: (16, 64, 8, 1)},
+        ("hip", 4): {128: (16, 64, 4, 1)},
+    },
+}
+
+# Larger ones for sequences of at least 128 tokens attended without options; without an entry, the above hold.
+_ATTENTION_PLAIN: _Tables = {
+    "fwd": {
+        ("cuda", 2): {64: (128, 128, 8, 2), 128: (128, 64, 8, 2), 256: (64, 64, 8, 2)},
+        ("sm86", 2): {64: (128, 64, 8, 2), 128: (128, 32, 8, 2), 256: (64, 32, 8, 2)},
+        # descriptors, which take powers of two, save the registers of pointers
+        ("sm90", 2): {
+            64: (128, 128, 8, 2),
+            127: (128, 64, 8, 2),
+            128: (128, 128, 8, 2),
+            256: (128, 32, 8, 2),
+        },
+        ("hip", 2): {64: (128, 64, 4, 2), 128: (128, 64, 4, 1), 256: (64, 32, 4, 1)},
+    },
+    "dq": {
+        ("cuda", 2): {32: (64, 32, 4, 2), 64: (64, 64, 4, 2), 128: (64, 32, 4, 2), 256: (32, 32, 4, 2)},
+        ("sm90", 2): {64: (64, 64, 4, 2), 256: (64, 32, 4, 2)},
+        ("sm100", 2): {64: (64, 64, 4, 2), 128: (64, 32, 4, 2), 256: (64, 32, 8, 2)},
+        ("hip", 2): {64: (64, 64, 4, 1), 128: (64, 32, 4, 1), 256: (32, 32, 4, 1)},
+    },
+    "dkv": {
+        ("cuda", 2): {64: (32, 64, 4, 2), 128: (16, 128, 8, 2), 256: (32, 64, 8, 1)},
+        ("sm90", 2): {64: (64, 64, 4, 2), 128: (32, 128, 8, 2), 256: (16, 128, 8, 1)},
     },
 }
 
 
-# Where short sequences share tiles, blocks need more registers; smaller tiles also waste less of a block.
-_ATTENTION_SHARED: dict[str, dict[int, tuple[int, int, int, int]]] = {
-    "fwd": {64: (64, 64, 4, 2), 128: (64, 64, 8, 2), 256: (64, 32, 8, 2)},
-    "dkv": {64: (32, 64, 8, 2), 128: (16, 64, 8, 2), 256: (16, 64, 8, 1)},
-}
-
-
-def attention_config(kernel: str, d: int, itemsize: int, arch: str, shared: bool = False) -> dict[str, Any]:
+def attention_config(kernel: str, d: int, itemsize: int, arch: str, plain: bool = False) -> dict[str, Any]:
     """Launch configuration of an attention kernel.
 
     Args:
         kernel: "fwd", "dq" or "dkv".
-        d: head dimension, at most 256.
+        d: head dimension, at most 256; at most 128 for 4 bytes.
         itemsize: bytes per element, 2 or 4.
         arch: one of ARCHS.
-        shared: whether several sequences may share a tile.
+        plain: whether no sequence shares a tile, and no score is dropped, capped or outside a window.
 
     Returns:
         Tiles, warps and stages; TMA, in "fwd" and "dq", tells whether keys may come through tensor
         descriptors.
+
+    Raises:
+        ValueError: for a head dimension that no tile holds.
     """
-    tables = _ATTENTION[kernel]
-    table = tables.get((arch, itemsize)) or tables["hip" if arch.startswith("gfx") else "cuda", itemsize]
-    if shared and itemsize == 2 and not arch.startswith("gfx"):
-        table = _ATTENTION_SHARED.get(kernel, table)
-    block_m, block_n, num_warps, num_stages = next(c for most, c in table.items() if d <= most)
-    config: dict[str, Any] = dict(
-        BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps, num_stages=num_stages
-    )
-    return config if kernel == "dkv" else config | dict(TMA=arch in ("sm90", "sm100") and itemsize == 2)
+    kin = "sm86" if arch == "sm120" else arch
+    vendor = "hip" if arch.startswith("gfx") else "cuda"
+    for tables in (_ATTENTION_PLAIN, _ATTENTION) if plain else (_ATTENTION,):
+        table = tables[kernel].get((kin, itemsize)) or tables[kernel].get((vendor, itemsize)) or {}
+        for most, (block_m, block_n, num_warps, num_stages) in table.items():
+            if d <= most:
+                config = dict(BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps, num_stages=num_stages)
+                tma = {} if kernel == "dkv" else dict(TMA=arch in ("sm90", "sm100") and itemsize == 2)
+                return config | tma
+    raise ValueError(f"no tile of attention holds a head dimension of {d} with {itemsize} bytes per element")
 
 
 # InfoNCE: BLOCK_M, BLOCK_N, BLOCK_D, num_warps, num_stages by kernel, architecture and bytes per element.
