@@ -228,7 +228,7 @@ def _attn_fwd_kernel(
 
 @triton.jit
 def _attn_bwd_stats_kernel(
-    out_ptr, dout_ptr, lse_ptr, dlse_ptr, top_ptr, delta_ptr,
+    out_ptr, dout_ptr, lse_ptr, dlse_ptr, lse2_ptr, delta_ptr,
     stride_ot, stride_oh, stride_dt, stride_dh, stride_lh, num_tokens,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, HAS_DLSE: tl.constexpr,
 ):  # fmt: skip
@@ -243,20 +243,20 @@ def _attn_bwd_stats_kernel(
     if HAS_DLSE:
         delta -= tl.load(dlse_ptr + offs, mask=mask_m, other=0.0)
     lse = tl.load(lse_ptr + offs, mask=mask_m, other=0.0)
-    top = tl.where(lse == float("-inf"), float("inf"), lse * 1.4426950408889634)
-    tl.store(top_ptr + offs, top, mask=mask_m)
+    lse2 = tl.where(lse == float("-inf"), float("inf"), lse * 1.4426950408889634)
+    tl.store(lse2_ptr + offs, lse2, mask=mask_m)
     tl.store(delta_ptr + offs, delta, mask=mask_m)
 
 
 @triton.jit
-def _bwd_scores(s, dp, top, delta, keep, mask, scale, cap, keep_scale,
+def _bwd_scores(s, dp, lse2, delta, keep, mask, scale, cap, keep_scale,
                 SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, EDGE: tl.constexpr):  # fmt: skip
-    """Return p after dropout and ds, from raw scores and the gradient of p; top and delta broadcast."""
+    """Return p after dropout and ds, from raw scores and the gradient of p; lse2 and delta broadcast."""
     tanh = s
     if SOFTCAP:
         s, tanh = _softcap(s, scale, cap)
         scale = 1.0
-    p = tl.exp2(s * scale - top)
+    p = tl.exp2(s * scale - lse2)
     if EDGE:
         p = tl.where(mask, p, 0.0)
     if DROPOUT:
@@ -273,7 +273,7 @@ def _bwd_scores(s, dp, top, delta, keep, mask, scale, cap, keep_scale,
 
 @triton.jit
 def _attn_bwd_dq_kernel(
-    q_ptr, k_ptr, v_ptr, k_desc, v_desc, dout_ptr, top_ptr, delta_ptr, dq_ptr,
+    q_ptr, k_ptr, v_ptr, k_desc, v_desc, dout_ptr, lse2_ptr, delta_ptr, dq_ptr,
     cu_q_ptr, cu_k_ptr, seq_ptr, tiles_ptr, seed_ptr,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_dt, stride_dh,
     stride_gt, stride_gh, stride_lh,
@@ -294,7 +294,7 @@ def _attn_bwd_dq_kernel(
     q_ptrs = q_ptr + _offsets(offs_m, stride_qt, stride_qh, G)[:, None] + offs_d[None, :]
     dout_ptrs = dout_ptr + _offsets(offs_m, stride_dt, stride_dh, G)[:, None] + offs_d[None, :]
     q, dout = _load(q_ptrs, None, D, BLOCK_D, False), _load(dout_ptrs, None, D, BLOCK_D, False)
-    top = tl.load(top_ptr + _offsets(offs_m, 1, stride_lh, G))
+    lse2 = tl.load(lse2_ptr + _offsets(offs_m, 1, stride_lh, G))
     delta = tl.load(delta_ptr + _offsets(offs_m, 1, stride_lh, G))
     k_ptr += pid_h * stride_kh
     v_ptr += pid_h * stride_vh
@@ -320,7 +320,7 @@ def _attn_bwd_dq_kernel(
             if DROPOUT:
                 keep = _keep(seed_ptr, offs_m, key, threshold, G, BLOCK_M, BLOCK_N)
             _, ds = _bwd_scores(
-                s, dp, top[:, None], delta[:, None], keep, mask, scale, cap, keep_scale,
+                s, dp, lse2[:, None], delta[:, None], keep, mask, scale, cap, keep_scale,
                 SOFTCAP, DROPOUT, EDGE,
             )  # fmt: skip
             if EDGE and SHARED:
@@ -334,7 +334,7 @@ def _attn_bwd_dq_kernel(
 
 @triton.jit
 def _attn_bwd_dkv_kernel(
-    q_ptr, k_ptr, v_ptr, dout_ptr, top_ptr, delta_ptr, dk_ptr, dv_ptr, cu_q_ptr, cu_k_ptr,
+    q_ptr, k_ptr, v_ptr, dout_ptr, lse2_ptr, delta_ptr, dk_ptr, dv_ptr, cu_q_ptr, cu_k_ptr,
     seq_ptr, tiles_ptr, seed_ptr,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_dt, stride_dh,
     stride_gt, stride_gh, stride_lh,
@@ -373,10 +373,10 @@ def _attn_bwd_dkv_kernel(
             offs = _offsets(offs_m, 1, stride_lh, G)
             q, dout = _load(q_ptrs, mask_m, D, BLOCK_D, EDGE), _load(dout_ptrs, mask_m, D, BLOCK_D, EDGE)
             if EDGE:
-                top = tl.load(top_ptr + offs, mask=mask_m, other=float("inf"))
+                lse2 = tl.load(lse2_ptr + offs, mask=mask_m, other=float("inf"))
                 delta = tl.load(delta_ptr + offs, mask=mask_m, other=0.0)
             else:
-                top, delta = tl.load(top_ptr + offs), tl.load(delta_ptr + offs)
+                lse2, delta = tl.load(lse2_ptr + offs), tl.load(delta_ptr + offs)
             s = tl.dot(k, tl.trans(q), input_precision="ieee")  # [BLOCK_N, BLOCK_M]
             dp = tl.dot(v, tl.trans(dout), input_precision="ieee")
             mask, keep = s, s
@@ -385,7 +385,7 @@ def _attn_bwd_dkv_kernel(
             if DROPOUT:
                 keep = tl.trans(_keep(seed_ptr, offs_m, base, threshold, G, BLOCK_M, BLOCK_N))
             p, ds = _bwd_scores(
-                s, dp, top[None, :], delta[None, :], keep, mask, scale, cap, keep_scale,
+                s, dp, lse2[None, :], delta[None, :], keep, mask, scale, cap, keep_scale,
                 SOFTCAP, DROPOUT, EDGE,
             )  # fmt: skip
             if EDGE and SHARED:
@@ -512,18 +512,18 @@ def attention_backward(
     """Return the gradients of q, k and v."""
     dout = addressable(dout)
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    top, delta = torch.empty_like(lse), torch.empty_like(lse)
+    lse2, delta = torch.empty_like(lse), torch.empty_like(lse)
     sequences_q, _, tiles_q, sequences_k, tiles_k = maps
     arguments = _arguments(q, k, v, cu_seqlens_q, cu_seqlens_k, seed, options)
     arguments |= dict(
-        dout_ptr=dout, top_ptr=top, delta_ptr=delta, softmax_scale=options.scale,
+        dout_ptr=dout, lse2_ptr=lse2, delta_ptr=delta, softmax_scale=options.scale,
         stride_dt=dout.stride(0), stride_dh=dout.stride(1),
     )  # fmt: skip
     if len(tiles_q):
         rows = 2048 // arguments["BLOCK_D"]
         _attn_bwd_stats_kernel[triton.cdiv(q.shape[0], rows), q.shape[1]](
             out_ptr=out, dout_ptr=dout, lse_ptr=lse, dlse_ptr=None if dlse is None else dlse.contiguous(),
-            top_ptr=top, delta_ptr=delta,
+            lse2_ptr=lse2, delta_ptr=delta,
             stride_ot=out.stride(0), stride_oh=out.stride(1), stride_dt=dout.stride(0),
             stride_dh=dout.stride(1), stride_lh=lse.stride(0), num_tokens=q.shape[0],
             D=q.shape[2], BLOCK_D=arguments["BLOCK_D"], BLOCK_M=rows, HAS_DLSE=dlse is not None,

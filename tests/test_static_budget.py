@@ -118,3 +118,14 @@ def test_main_loop_is_the_innermost_one():
         "EXIT",
     )
     assert cycles.main_loops(nested) == [["HMMA.16816.F32.BF16", "BRA"]]
+
+
+def test_tensor_memory_products_of_an_unrolled_loop():
+    """One product of 128x128x64 takes four UTCHMMA; the assembler may unroll the loop around it."""
+    product = "ttng.tc_gen5_mma %a : tensor<128x64xbf16, #x> tensor<64x128xbf16, #x> tensor<128x128xf32, #t>"
+    ttgir = f"  scf.for %i = %a to %b {{\n    {product}\n  }}"
+    flops = 2 * 128 * 128 * 64
+    assert cycles._tensor_memory_flops(ttgir, 4) == flops
+    assert cycles._tensor_memory_flops(ttgir, 16) == 4 * flops
+    with pytest.raises(ValueError, match="0 loops"):
+        cycles._tensor_memory_flops(ttgir, 6)
