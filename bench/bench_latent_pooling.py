@@ -177,7 +177,7 @@ def break_even(args: argparse.Namespace) -> dict:
     for count in (tokens // 2, tokens * 3 // 4, tokens, tokens * 3 // 2, tokens * 2):
         x, cu_seqlens = hidden[:count], torch.tensor([0, count], dtype=torch.int32, device=args.device)
         times: dict[str, list[float]] = {"none": [], "attention": []}
-        for repeat in range(args.repeats + 1):
+        for repeat in range(4):
             for plan, taken in times.items():
                 layer.cheapest_fold = lambda tokens=None, plan=plan: plan
                 layer.zero_grad(set_to_none=False)

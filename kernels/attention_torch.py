@@ -1,9 +1,9 @@
 """Packed attention in torch operations: the CPU path, and the dropout mask that every path shares.
 
-A sequence of some length goes to torch's own flash kernel, queries as they lie and keys repeated. Shorter
-ones, and everything that kernel can't do (dropout, windows, softcap, a gradient of the log-sum-exp), form
-buckets of like length, computed by dense matrix products with the G heads folded into rows, about
-BLOCK_SCORES scores at a time. So memory is linear in the tokens.
+A sequence of some length goes to torch's own flash kernel, as it lies: the G heads of a group are views of
+one key head. Many short ones, and everything that kernel can't do (dropout, windows, softcap, a gradient of
+the log-sum-exp), form buckets of like length, computed by dense matrix products with the G heads folded into
+rows, about BLOCK_SCORES scores at a time. So memory is linear in the tokens.
 
 Layout legend: T packed tokens, H heads, HK key heads, G = H / HK, D head dimension.
 """
@@ -15,9 +15,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-BLOCK_SCORES = 1 << 18  # 1 MB in fp32, the second-level cache of one core
-DIRECT_LENGTH = 48  # tokens; longer sequences go to torch's kernel. Picked from noisy timings, not swept
-BUCKET_SCORES = 1 << 16  # padding that costs as much as the calls for one more bucket
+BLOCK_SCORES = 1 << 17  # half a MB in fp32, with its gradient the second-level cache of one core
+DIRECT_LENGTH = 32  # tokens; longer sequences go to torch's kernel, and buckets of few: bench/NOTES.md
+BUCKET_SIZE = 8  # sequences
+BUCKET_SCORES = 1 << 15  # padding that costs as much as the calls for one more bucket
 PHILOX_ROUNDS = 7  # the fewest rounds that pass BigCrush (Salmon et al., 2011, table 2)
 
 
@@ -41,6 +42,7 @@ class Side(NamedTuple):
     length: int  # max(count)
     index: Tensor  # (n * HK * length,) int64 rows of (T * HK, ...); padding repeats a sequence's last token
     places: Tensor | None  # places that are not padded, or None where no place is
+    rows: Tensor  # index[places]
 
     def gather(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """Gather (T * HK, G * E) into (n * HK, length * G, E), E known from the caller's view."""
@@ -48,10 +50,9 @@ class Side(NamedTuple):
 
     def scatter(self, x: Tensor, into: Tensor) -> None:
         """Write gathered rows back, without the padding."""
-        if self.places is None:
-            into.index_copy_(0, self.index, x.to(into.dtype))
-        else:
-            into.index_copy_(0, self.index[self.places], x.index_select(0, self.places).to(into.dtype))
+        if self.places is not None:
+            x = x.index_select(0, self.places)
+        into.index_copy_(0, self.rows, x.to(into.dtype))
 
 
 class Bucket(NamedTuple):
@@ -88,15 +89,21 @@ def plan_batch(
         else:
             members.append((q1 - q0, k1 - k0, q0, k0))
     buckets: list[list[tuple[int, int, int, int]]] = []
+    longest_k = real = 0
     for member in sorted(members, reverse=True):
+        longest_k, real = max(longest_k, member[1]), real + member[0] * member[1]
         if buckets:
-            together = [*buckets[-1], member]
-            scores = len(together) * together[0][0] * max(m[1] for m in together) * heads * group
-            padding = scores - sum(m[0] * m[1] for m in together) * heads * group
+            scores = (len(buckets[-1]) + 1) * buckets[-1][0][0] * longest_k * heads * group
+            padding = scores - real * heads * group
             if scores <= BLOCK_SCORES and padding <= max(scores // 8, BUCKET_SCORES):
                 buckets[-1].append(member)
                 continue
         buckets.append([member])
+        longest_k, real = member[1], member[0] * member[1]
+    if direct:
+        few = (member for bucket in buckets if len(bucket) < BUCKET_SIZE for member in bucket)
+        alone += (((q0, q), (k0, k)) for q, k, q0, k0 in few)
+        buckets = [bucket for bucket in buckets if len(bucket) >= BUCKET_SIZE]
     sides = [
         Bucket(*(_side([m[i + 2] for m in b], [m[i] for m in b], heads, device) for i in (0, 1)))
         for b in buckets
@@ -111,7 +118,8 @@ def _side(starts: list[int], counts: list[int], heads: int, device: torch.device
     index = (token[:, None] * heads + torch.arange(heads)[:, None]).flatten()  # [n, HK, length]
     real = (place < count[:, None])[:, None].expand(-1, heads, -1).flatten()
     places = None if min(counts) == max(counts) else real.nonzero().squeeze(1).to(device)
-    return Side(start.to(device), count.to(device), max(counts), index.to(device), places)
+    rows = index[real].to(device)
+    return Side(start.to(device), count.to(device), max(counts), index.to(device), places, rows)
 
 
 def philox_keep(
@@ -182,8 +190,10 @@ def _row_slices(bucket: Bucket, plan: Plan) -> Iterator[slice]:
         yield slice(begin, min(begin + step, rows))
 
 
-def _visible(bucket: Bucket, rows: slice, group: int, opts: Options) -> Tensor | None:
-    """Return the (n, 1, rows or 1, len_k) bool mask of visible keys, or None where every key is visible."""
+def _bias(bucket: Bucket, rows: slice, plan: Plan, opts: Options, dtype: torch.dtype) -> Tensor | None:
+    """Return 0 for visible keys and -inf for others, (n, 1, rows or 1, len_k), or None where all are visible.
+
+    To add it takes a quarter of the time of `masked_fill_`."""
     q, k = bucket
     windowed = opts.left >= 0 or opts.right >= 0
     if k.places is None and not windowed:
@@ -191,7 +201,7 @@ def _visible(bucket: Bucket, rows: slice, group: int, opts: Options) -> Tensor |
     key = torch.arange(k.length, device=k.start.device)
     mask = (key < k.count[:, None])[:, None, None]
     if windowed:
-        token = torch.arange(rows.start, rows.stop, device=key.device) // group
+        token = torch.arange(rows.start, rows.stop, device=key.device) // plan.group
         diagonal = (
             token[:, None] + (k.count - q.count)[:, None, None, None]
         )  # the last query faces the last key
@@ -199,19 +209,19 @@ def _visible(bucket: Bucket, rows: slice, group: int, opts: Options) -> Tensor |
             mask = mask & (key >= diagonal - opts.left)
         if opts.right >= 0:
             mask = mask & (key <= diagonal + opts.right)
-    return mask
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
 
 
-def _scores(q: Tensor, k: Tensor, mask: Tensor | None, opts: Options) -> tuple[Tensor, Tensor | None]:
-    """Return the (n * HK, rows, len_k) scores, and the derivative of the softcap."""
+def _scores(q: Tensor, k: Tensor, bias: Tensor | None, opts: Options) -> tuple[Tensor, Tensor | None]:
+    """Return the (n * HK, rows, len_k) scores of scaled queries, and the derivative of the softcap."""
     slope = None
-    scores = torch.baddbmm(q.new_empty(()), q, k.mT, beta=0, alpha=opts.scale)
+    scores = torch.bmm(q, k.mT)
     if opts.softcap > 0:
         scores = scores.div_(opts.softcap).tanh_()
         slope = 1 - scores.square()
         scores.mul_(opts.softcap)
-    if mask is not None:
-        scores.unflatten(0, (len(mask), -1)).masked_fill_(~mask, -torch.inf)
+    if bias is not None:
+        scores.unflatten(0, (len(bias), -1)).add_(bias)
     return scores, slope
 
 
@@ -257,11 +267,11 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, opts: Options
     k, v = k.reshape(-1, dim), v.reshape(-1, dim)
     for bucket in plan.buckets:
         batch = len(bucket.q.start) * plan.heads
-        qb = bucket.q.gather(q, dtype).view(batch, -1, dim)
+        qb = bucket.q.gather(q, dtype).view(batch, -1, dim).mul_(opts.scale)
         kb, vb = (bucket.k.gather(x, dtype).view(batch, -1, dim) for x in (k, v))
         ob, lb = torch.empty_like(qb), qb.new_empty(*qb.shape[:2], 1)
         for rows in _row_slices(bucket, plan):
-            p, _ = _scores(qb[:, rows], kb, _visible(bucket, rows, plan.group, opts), opts)
+            p, _ = _scores(qb[:, rows], kb, _bias(bucket, rows, plan, opts, dtype), opts)
             top = p.amax(-1, keepdim=True).clamp_min_(torch.finfo(dtype).min)
             p.sub_(top).exp_()
             total = p.sum(-1, keepdim=True)
@@ -343,6 +353,7 @@ def _backward_buckets(
         batch = len(bucket.q.start) * plan.heads
         qb, ob, dob = (bucket.q.gather(x, dtype).view(batch, -1, dim) for x in (q, out, dout))
         kb, vb = (bucket.k.gather(x, dtype).view(batch, -1, dim) for x in (k, v))
+        qb.mul_(opts.scale)
         lb = bucket.q.gather(lse, dtype).view(batch, -1, 1).clamp_min_(torch.finfo(dtype).min)
         delta = (ob * dob).sum(-1, keepdim=True)
         if dlse is not None:
@@ -354,7 +365,7 @@ def _backward_buckets(
             delta.masked_fill_(~real, 0)
         dqb, dkb, dvb = torch.empty_like(qb), torch.empty_like(kb), torch.empty_like(vb)
         for rows in _row_slices(bucket, plan):
-            p, slope = _scores(qb[:, rows], kb, _visible(bucket, rows, plan.group, opts), opts)
+            p, slope = _scores(qb[:, rows], kb, _bias(bucket, rows, plan, opts, dtype), opts)
             p.sub_(lb[:, rows]).exp_()
             ds = torch.bmm(dob[:, rows], vb.mT)
             keep = _keep(bucket, rows, plan, opts)
@@ -367,8 +378,8 @@ def _backward_buckets(
             ds.sub_(delta[:, rows]).mul_(p)
             if slope is not None:
                 ds.mul_(slope)
-            dkb.baddbmm_(ds.mT, qb[:, rows], beta=accumulate, alpha=opts.scale)
-            dqb[:, rows] = torch.baddbmm(ds.new_empty(()), ds, kb, beta=0, alpha=opts.scale)
-        bucket.q.scatter(dqb.view(-1, plan.group * dim), dq)
+            dkb.baddbmm_(ds.mT, qb[:, rows], beta=accumulate)
+            dqb[:, rows] = torch.bmm(ds, kb)
+        bucket.q.scatter(dqb.mul_(opts.scale).view(-1, plan.group * dim), dq)
         bucket.k.scatter(dkb.view(-1, dim), dk)
         bucket.k.scatter(dvb.view(-1, dim), dv)

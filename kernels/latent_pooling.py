@@ -547,7 +547,8 @@ class LatentAttentionPooling(nn.Module):
         the "mlp".
 
         Keys and values are computed either way. Backward doubles every count alike, so the rule holds for
-        a training step too (`bench_latent_pooling.py --break-even` times it).
+        a training step too: it says 512 tokens at d 512 and 1,024, and timed on a CPU both break even
+        between 384 and 512 (`bench_latent_pooling.py --break-even`, bench/NOTES.md).
         """
         d, latents, inner = self.hidden_size, self.num_latents, self.num_heads * self.head_dim
         scores, width = self.num_heads * latents, self.cross_attend_blocks[1]["fn"]["net"][0].out_features
