@@ -33,5 +33,6 @@ sanitize: setup
 bench: setup
 	$(BIN)/python -m uncausal.bench.run
 
+# DRY=1 runs tiny shapes, also without a GPU, and keeps nothing
 bench-gpu: setup
-	$(BIN)/python -m uncausal.bench.run --gpu
+	$(BIN)/python -m uncausal.bench.run --gpu $(if $(DRY),--dry)

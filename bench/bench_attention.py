@@ -1,29 +1,32 @@
-"""Packed attention against its peers, interleaved in one run: forward, and forward with backward.
+"""Packed attention against its peers: ragged batches of several length distributions, forward and backward.
 
-The batch is ragged: sequences of log-normal lengths, or `--lengths short` for the 25-token sentences
-of SimCSE training. `python -m uncausal.bench.bench_attention [--device cuda --dtype bfloat16 --json FILE]`
+A peer that pads receives its inputs padded, so padding itself costs it nothing here. On a CPU 9 query heads
+over 3 of 64 dimensions in fp32, on a GPU 32 over 8 of 64 and 128 in bf16.
+`python -m uncausal.bench.bench_attention [--device cuda] [--dry] [-k long-tailed]`
 """
 
-import argparse
-import importlib
-import importlib.metadata
-import json
-import platform
+from __future__ import annotations
+
+import functools
 import statistics
-import time
+import sys
 from collections.abc import Callable
-from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from uncausal.bench import lengths, measure
+from uncausal.bench.measure import OURS, Contest, Settings, Unable, allocated_bytes, gather, load
 from uncausal.kernels.attention import flash_attn_varlen_func, flash_attn_varlen_ref
 from uncausal.kernels.packing import PackedLayout, pack, unpack
 
 Provider = Callable[[Tensor, Tensor, Tensor], Tensor]
+DISTRIBUTIONS = ("long-tailed", "constant", "uniform", "bimodal", "short")
+LENGTHS = (32, 64, 128, 256, 512, 1024)
 
 
 class Batch(NamedTuple):
@@ -37,79 +40,63 @@ class Batch(NamedTuple):
     lengths: list[int]
 
 
-def lognormal_lengths(sequences: int, tokens: int, low: int, high: int) -> list[int]:
-    """Quantiles of a log-normal distribution (sigma 0.8), clipped, shuffled, `tokens` in total."""
-    points = (torch.arange(sequences, dtype=torch.float64) + 0.5) / sequences
-    shape = torch.exp(0.8 * torch.special.ndtri(points))
-
-    def scaled(scale: float) -> Tensor:
-        return (shape * scale).round().clamp(low, high).long()
-
-    small, large = 1.0, float(high) * 8
-    for _ in range(60):
-        middle = (small + large) / 2
-        small, large = (middle, large) if int(scaled(middle).sum()) <= tokens else (small, middle)
-    lengths = scaled(small)
-    missing = tokens - int(lengths.sum())
-    free = (lengths < high).nonzero().flatten().flip(0)
-    lengths[free[: max(missing, 0)]] += 1
-    return lengths[torch.randperm(sequences, generator=torch.Generator().manual_seed(0))].tolist()
-
-
-def make_batch(args: argparse.Namespace) -> Batch:
-    if args.lengths == "lognormal":
-        lengths = lognormal_lengths(args.sequences, args.tokens, 16, 512)
-    else:
-        lengths = torch.randint(12, 40, (128,), generator=torch.Generator().manual_seed(0)).tolist()
+def make_batch(settings: Settings, sizes: list[int], dim: int) -> Batch:
+    heads = {"cpu": (9, 3), "cuda": (32, 8)}[settings.device] if not settings.dry else (2, 1)
     torch.manual_seed(0)
-    layout = PackedLayout.from_lengths(lengths, args.device)
-    shapes = [
-        (layout.total, h, args.head_dim) for h in (args.heads, args.kv_heads, args.kv_heads, args.heads)
-    ]
-    q, k, v, dout = (torch.randn(s, device=args.device, dtype=args.dtype) for s in shapes)
-    return Batch(q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), dout, layout, lengths)
+    layout = PackedLayout.from_lengths(sizes, settings.device)
+    shapes = [(layout.total, h, dim) for h in (heads[0], heads[1], heads[1], heads[0])]
+    q, k, v, dout = (torch.randn(s, device=settings.device, dtype=settings.dtype) for s in shapes)
+    return Batch(q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), dout, layout, sizes)
 
 
-def uncausal(batch: Batch, dropout_p: float) -> Provider:
-    cu, layout = batch.layout.cu_seqlens, batch.layout
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return flash_attn_varlen_func(q, k, v, cu, cu, dropout_p=dropout_p, layout=layout)  # type: ignore
-
-    return attend
+def uncausal(batch: Batch) -> Provider:
+    cu = batch.layout.cu_seqlens
+    return lambda q, k, v: flash_attn_varlen_func(q, k, v, cu, cu, layout=batch.layout)  # type: ignore[return-value]
 
 
-def padded_sdpa(batch: Batch, dropout_p: float) -> Provider:
-    """What an encoder does that pads its batch: q, k, v come padded, so padding itself costs nothing here."""
-    mask = torch.arange(max(batch.lengths), device=batch.q.device) < batch.layout.cu_seqlens.diff()[:, None]
+def padded_sdpa(batch: Batch, backend: SDPBackend | None = None) -> Provider:
+    """What an encoder does that pads its batch."""
+    longest, device = max(batch.lengths), batch.q.device
+    mask = (torch.arange(longest, device=device) < batch.layout.cu_seqlens.diff()[:, None])[:, None, None]
+    if backend is not None and device.type != "cuda":
+        raise Unable("a backend of GPUs")
+    if backend == SDPBackend.FLASH_ATTENTION:
+        if min(batch.lengths) < longest:
+            raise Unable("takes no mask")
+        mask = None
+    group = batch.q.shape[1] // batch.k.shape[1]
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask[:, None, None], dropout_p=dropout_p, enable_gqa=True
-        )
-        return out.transpose(1, 2)
+        if backend is None:
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True).transpose(1, 2)
+        k, v = (x.repeat_interleave(group, 1) for x in (k, v))
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
 
     attend.layout = batch.layout  # type: ignore[attr-defined]
     return attend
 
 
-def split_loop(batch: Batch, dropout_p: float) -> Provider:
+def split_loop(batch: Batch) -> Provider:
+    if batch.q.is_cuda:
+        raise Unable("launch-bound on a GPU")
+
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         outs = []
         for parts in zip(*(x.split(batch.lengths) for x in (q, k, v)), strict=True):
             heads = (x.transpose(0, 1)[None] for x in parts)
-            out = F.scaled_dot_product_attention(*heads, dropout_p=dropout_p, enable_gqa=True)
-            outs.append(out[0].transpose(0, 1))
+            outs.append(F.scaled_dot_product_attention(*heads, enable_gqa=True)[0].transpose(0, 1))
         return torch.cat(outs)
 
     return attend
 
 
-def flex(batch: Batch, dropout_p: float) -> Provider:
+def flex(batch: Batch) -> Provider:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    _unless(not dropout_p and batch.q.is_cuda, "flex_attention has no dropout, and no backward on a CPU")
+    if not batch.q.is_cuda:
+        raise Unable("no backward on a CPU")
     sequence, total = batch.layout.sequence_of_token(), batch.layout.total
     mask = create_block_mask(lambda b, h, i, j: sequence[i] == sequence[j], None, None, total, total)
     compiled: Any = torch.compile(flex_attention)
@@ -121,9 +108,10 @@ def flex(batch: Batch, dropout_p: float) -> Provider:
     return attend
 
 
-def torch_varlen(batch: Batch, dropout_p: float) -> Provider:
-    varlen: Any = importlib.import_module("torch.nn.attention.varlen")
-    _unless(not dropout_p and batch.q.is_cuda, "varlen_attn has no dropout and no CPU kernel")
+def torch_varlen(batch: Batch) -> Provider:
+    varlen = load("torch.nn.attention.varlen")
+    if not batch.q.is_cuda:
+        raise Unable("no CPU kernel")
     cu, longest, group = batch.layout.cu_seqlens, max(batch.lengths), batch.q.shape[1] // batch.k.shape[1]
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -133,73 +121,65 @@ def torch_varlen(batch: Batch, dropout_p: float) -> Provider:
     return attend
 
 
-def flash_attn(module: str, batch: Batch, dropout_p: float) -> Provider:
-    function = importlib.import_module(module).flash_attn_varlen_func
-    _unless(not dropout_p or module == "flash_attn", f"{module} has no dropout")
+def flash_attn(module: str, batch: Batch) -> Provider:
+    function = load(module).flash_attn_varlen_func
     cu, longest = batch.layout.cu_seqlens, max(batch.lengths)
-    options = dict(dropout_p=dropout_p) if dropout_p else {}
+    sizes = {"cu_seqlens_q": cu, "cu_seqlens_k": cu, "max_seqlen_q": longest, "max_seqlen_k": longest}
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        sizes = dict(cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=longest, max_seqlen_k=longest)
-        out = function(q, k, v, **sizes, **options)
+        out = function(q, k, v, **sizes)
         return out[0] if isinstance(out, tuple) else out
 
     return attend
 
 
-def _unless(able: bool, reason: str) -> None:
-    if not able:
-        raise NotImplementedError(reason)
-
-
-PROVIDERS: dict[str, Callable[[Batch, float], Provider]] = {
-    "uncausal": uncausal,
+PROVIDERS: dict[str, Callable[[Batch], Provider]] = {
+    OURS: uncausal,
     "padded SDPA": padded_sdpa,
     "SDPA loop over split": split_loop,
-    "flex_attention": flex,
+    "padded SDPA, flash": functools.partial(padded_sdpa, backend=SDPBackend.FLASH_ATTENTION),
+    "padded SDPA, cuDNN": functools.partial(padded_sdpa, backend=SDPBackend.CUDNN_ATTENTION),
+    "padded SDPA, math": functools.partial(padded_sdpa, backend=SDPBackend.MATH),
     "torch varlen_attn": torch_varlen,
-    "flash-attn 2": partial(flash_attn, "flash_attn"),
-    "flash-attn 3": partial(flash_attn, "flash_attn_interface"),
-    "flash-attn 4": partial(flash_attn, "flash_attn.cute"),
+    "flex_attention": flex,
+    "flash-attn 2": functools.partial(flash_attn, "flash_attn"),
+    "flash-attn 3": functools.partial(flash_attn, "flash_attn_interface"),
+    "flash-attn 4": functools.partial(flash_attn, "flash_attn.cute"),
 }
 
 
-def prepare(
-    batch: Batch, dropout_p: float
-) -> tuple[dict[str, tuple[Provider, tuple[Tensor, ...]]], dict[str, str]]:
-    """Return the providers that run here with their inputs (q, k, v, dout), and why the others don't."""
-    ready, missing = {}, {}
-    for name, build in PROVIDERS.items():
-        try:
-            provider = build(batch, dropout_p)
-        except ImportError:
-            missing[name] = "not installed"
-            continue
-        except NotImplementedError as reason:
-            missing[name] = str(reason)
-            continue
-        inputs = (batch.q, batch.k, batch.v, batch.dout)
-        layout = getattr(provider, "layout", None)
+def contest(settings: Settings, sizes: list[int], dim: int, backward: bool) -> Contest:
+    """Attention of one batch by every provider that can, after a check against float64."""
+    batch = make_batch(settings, sizes, dim)
+    ready, missing = gather(PROVIDERS, batch)
+    runs, facts = {}, {}
+    for name, provider in ready.items():
+        layout, inputs = getattr(provider, "layout", None), (batch.q, batch.k, batch.v, batch.dout)
         if layout is not None:
             inputs = tuple(unpack(x.detach(), layout).requires_grad_(x.requires_grad) for x in inputs)
-        ready[name] = (provider, inputs)
-    return ready, missing
+        try:
+            facts[name] = {"error": _error(batch, provider, inputs)}
+        except RuntimeError as reason:  # a backend that refuses these shapes
+            missing[name] = str(reason).splitlines()[0]
+            continue
+        runs[name] = functools.partial(forward_backward if backward else forward, provider, *inputs)
+    heads = batch.q.shape[1]
+    flops = (14 if backward else 4) * sum(n * n for n in sizes) * heads * dim
+    return Contest(runs, missing, {"flops": flops}, facts, rounds=9, peak=allocated_bytes)
 
 
-def gate(batch: Batch, ready: dict) -> dict[str, float]:
-    """Return each provider's error against float64; a wrong answer has no speed."""
+def _error(batch: Batch, provider: Provider, inputs: tuple[Tensor, ...]) -> float:
+    """The largest error against float64; a wrong answer has no speed."""
     cu = batch.layout.cu_seqlens
     q, k, v = (x.detach().double() for x in (batch.q, batch.k, batch.v))
     want, _ = flash_attn_varlen_ref(q, k, v, cu, cu)
-    errors = {}
-    for name, (provider, inputs) in ready.items():
-        with torch.no_grad():
-            out = provider(*inputs[:3])
-        if out.dim() == 4:
-            out = pack(out, provider.layout)[0]
-        errors[name] = float((out.double() - want).abs().max())
-        assert errors[name] < {torch.float32: 1e-4}.get(out.dtype, 0.05), f"{name}: error {errors[name]:.3g}"
-    return errors
+    with torch.no_grad():
+        out = provider(*inputs[:3])
+    if out.dim() == 4:
+        out = pack(out, batch.layout)[0]
+    error = float((out.double() - want).abs().max())
+    assert error < (1e-4 if out.dtype == torch.float32 else 0.05), f"error {error:.3g}"
+    return error
 
 
 def forward(provider: Provider, q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> None:
@@ -211,73 +191,52 @@ def forward_backward(provider: Provider, q: Tensor, k: Tensor, v: Tensor, dout: 
     torch.autograd.grad(provider(q, k, v), (q, k, v), dout)
 
 
-def measure(runs: dict[str, Callable[[], None]], device: str, repeats: int) -> dict[str, list[float]]:
-    """Time the runs in turn, `repeats` times after one warm-up each; milliseconds."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for repeat in range(repeats + 1):
-        for name, run in runs.items():
-            if device == "cuda":
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            run()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            if repeat:
-                times[name].append((time.perf_counter() - start) * 1e3)
-    return times
+def by_distribution(settings: Settings, distribution: str, dim: int, backward: bool) -> Contest:
+    tokens, longest = (6141, 512) if settings.device == "cpu" else (65536, 2048)
+    if settings.dry:
+        tokens, longest = 96, 32
+    sizes = lengths.batches(tokens, longest)[distribution]
+    return contest(settings, sizes, dim, backward)
 
 
-def bench(args: argparse.Namespace) -> dict[str, Any]:
-    """Measure one batch and return one record."""
-    batch = make_batch(args)
-    ready, missing = prepare(batch, args.dropout)
-    record: dict[str, Any] = {"not run": missing}
-    if not args.dropout:
-        record["error"] = gate(batch, ready)
-    flops = 4 * sum(n * n for n in batch.lengths) * args.heads * args.head_dim
-    for step, factor in ((forward, 1.0), (forward_backward, 3.5)):
-        runs = {name: partial(step, provider, *inputs) for name, (provider, inputs) in ready.items()}
-        for name, times in measure(runs, args.device, args.repeats).items():
-            median, (low, *_, high) = statistics.median(times), statistics.quantiles(times, n=5)
-            rate = flops * factor / median / 1e6
-            record[f"{step.__name__} {name}"] = dict(median_ms=median, p20_ms=low, p80_ms=high, gflops=rate)
-    return record
+def by_length(settings: Settings, length: int, dim: int) -> Contest:
+    """Forward over sequences of one length, for the plot."""
+    tokens = 64 if settings.dry else 4096 if settings.device == "cpu" else 65536
+    length = min(length, 16) if settings.dry else length if settings.device == "cpu" else 8 * length
+    found = contest(settings, lengths.constant(length, tokens), dim, backward=False)
+    found.peak, found.rounds = None, 5
+    flops = found.work["flops"]
+    found.derive = lambda times: {
+        name: {
+            "length": length,
+            "gflops": flops / statistics.median(taken) / 1e9,
+            "series": f"{name}, D {dim}",
+        }
+        for name, taken in times.items()
+    }
+    return found
 
 
-def environment(args: argparse.Namespace) -> dict[str, Any]:
-    device = (
-        torch.cuda.get_device_name() if args.device == "cuda" else platform.processor() or platform.machine()
-    )
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "triton", "uncausal")}
-    arguments = {k: str(v) for k, v in vars(args).items()}
-    return dict(device=device, threads=torch.get_num_threads(), versions=versions, arguments=arguments)
+def _dims(settings: Settings, dim: int) -> int:
+    if dim != 64 and settings.device == "cpu":
+        pytest.skip("one head dimension on a CPU")
+    return dim
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--dtype", default="float32", type=lambda name: getattr(torch, name))
-    parser.add_argument("--lengths", default="lognormal", choices=("lognormal", "short"))
-    parser.add_argument("--sequences", default=64, type=int)
-    parser.add_argument("--tokens", default=6141, type=int)
-    parser.add_argument("--heads", default=9, type=int)
-    parser.add_argument("--kv-heads", default=3, type=int)
-    parser.add_argument("--head-dim", default=64, type=int)
-    parser.add_argument("--dropout", default=0.0, type=float)
-    parser.add_argument("--repeats", default=9, type=int)
-    parser.add_argument("--json", type=Path, help="append the record to this file, one JSON object a line")
-    args = parser.parse_args()
-    record = environment(args) | bench(args)
-    for name, value in record.items():
-        if isinstance(value, dict) and "median_ms" in value:
-            spread = f"{value['p20_ms']:.1f} .. {value['p80_ms']:.1f}"
-            print(f"{name:40s} {value['median_ms']:9.1f} ms  ({spread})  {value['gflops']:8.1f} GFLOP/s")
-        else:
-            print(f"{name}: {value}")
-    if args.json:
-        with args.json.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward+backward"])
+@pytest.mark.parametrize("dim", [64, 128], ids=["D64", "D128"])
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def bench_by_distribution(record, settings, distribution, dim, backward, provider):
+    record(by_distribution, provider, distribution, _dims(settings, dim), backward)
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("dim", [64, 128], ids=["D64", "D128"])
+@pytest.mark.parametrize("length", LENGTHS)
+def bench_by_length(record, settings, length, dim, provider):
+    record(by_length, provider, length, _dims(settings, dim))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(measure.main(__file__, sys.argv[1:]))

@@ -1,100 +1,96 @@
 """In-batch InfoNCE against plain torch, sentence-transformers and the GPU libraries: time and peak memory.
 
-Forward and backward of normalised embeddings; providers interleaved in one process, after a correctness gate.
-`python -m uncausal.bench.bench_info_nce [--shape 8192x576 ...] [--device cuda --dtype bfloat16]` times;
-`--memory 8192 131072` measures the memory beyond inputs and gradients at batches doubling from one to the
-other, each in a process of its own, and `--plot FILE` draws it; `--cached` trains a small model with the
-cached form and without.
+Forward and backward of normalised embeddings, after a correctness gate. Memory is beyond inputs and
+gradients.
+`python -m uncausal.bench.bench_info_nce [--full] [--device cuda] [--dry]`; `--full` adds the large batches.
 """
 
-import argparse
-import json
-import platform
-import statistics
+from __future__ import annotations
+
+import functools
 import subprocess
 import sys
-import time
 from collections.abc import Callable
-from importlib.metadata import version
-from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from uncausal.bench import measure
+from uncausal.bench.measure import OURS, Contest, Settings, Unable, gather, load, resident_bytes
 from uncausal.kernels.info_nce import info_nce
 
 TEMPERATURE = 0.05
+SHAPES = ((8192, 576), (32768, 256))  # the second with --full
+BATCHES = (8192, 16384, 32768, 65536, 131072)
 Provider = Callable[[Tensor, Tensor], Tensor]
 
 
-def plain_torch(query: Tensor, key: Tensor) -> Tensor:
-    # The temperature on the queries, not on the logits: the fastest way to write it.
-    logits = (F.normalize(query, dim=-1) / TEMPERATURE) @ F.normalize(key, dim=-1).T
-    return F.cross_entropy(logits, torch.arange(len(query), device=query.device))
+def plain_torch(device: str) -> Provider:
+    def loss(query: Tensor, key: Tensor) -> Tensor:
+        # The temperature on the queries, not on the logits: the fastest way to write it.
+        logits = (F.normalize(query, dim=-1) / TEMPERATURE) @ F.normalize(key, dim=-1).T
+        return F.cross_entropy(logits, torch.arange(len(query), device=query.device))
+
+    return loss
 
 
-def uncausal(query: Tensor, key: Tensor) -> Tensor:
-    return info_nce(query, key, temperature=TEMPERATURE)
+def uncausal(device: str) -> Provider:
+    return functools.partial(info_nce, temperature=TEMPERATURE)
 
 
-def _sentence_transformers() -> dict[str, Provider]:
-    from sentence_transformers.sentence_transformer.losses import (
-        CachedMultipleNegativesRankingLoss,
-        MultipleNegativesRankingLoss,
-    )
-
-    model = torch.nn.Sequential(torch.nn.Identity())  # only the loss stage runs
-    plain = MultipleNegativesRankingLoss(model, scale=1 / TEMPERATURE)  # pyright: ignore[reportArgumentType]
-    cached = CachedMultipleNegativesRankingLoss(
-        model,  # pyright: ignore[reportArgumentType]
-        scale=1 / TEMPERATURE,
-        mini_batch_size=256,
-    )
-    none = torch.empty(0)
-    return {
-        "sentence-transformers": lambda q, k: plain.compute_loss_from_embeddings([q, k], none),
-        "sentence-transformers cached": lambda q, k: cached.calculate_loss([[q], [k]], with_backward=True),
-    }
+def sentence_transformers(device: str) -> Provider:
+    losses = load("sentence_transformers.sentence_transformer.losses")
+    only_the_loss: Any = torch.nn.Sequential(torch.nn.Identity())
+    loss = losses.MultipleNegativesRankingLoss(only_the_loss, scale=1 / TEMPERATURE)
+    return lambda q, k: loss.compute_loss_from_embeddings([q, k], torch.empty(0))
 
 
-def _inf_cl() -> dict[str, Provider]:
-    from inf_cl import cal_inf_loss  # pyright: ignore[reportMissingImports]
+def sentence_transformers_cached(device: str) -> Provider:
+    losses = load("sentence_transformers.sentence_transformer.losses")
+    only_the_loss: Any = torch.nn.Sequential(torch.nn.Identity())
+    options: Any = {"scale": 1 / TEMPERATURE, "mini_batch_size": 256}
+    loss = losses.CachedMultipleNegativesRankingLoss(only_the_loss, **options)
+    return lambda q, k: loss.calculate_loss([[q], [k]], with_backward=True)
+
+
+def inf_cl(device: str) -> Provider:
+    if device == "cpu":
+        raise Unable("for a GPU")
+    library = load("inf_cl")
 
     def loss(query: Tensor, key: Tensor) -> Tensor:
         scale = torch.tensor(1 / TEMPERATURE, device=query.device)
-        return cal_inf_loss(F.normalize(query, dim=-1), F.normalize(key, dim=-1), scale=scale)
+        return library.cal_inf_loss(F.normalize(query, dim=-1), F.normalize(key, dim=-1), scale=scale)
 
-    return {"inf-cl": loss}
-
-
-def _memeff() -> dict[str, Provider]:
-    from memeff.infonce import InfoNCELoss  # pyright: ignore[reportMissingImports]
-
-    loss = InfoNCELoss(temperature=TEMPERATURE)
-    return {"memeff": lambda q, k: loss(F.normalize(q, dim=-1), F.normalize(k, dim=-1))}
+    return loss
 
 
-def providers(device: str) -> dict[str, Provider | None]:
-    """Name -> loss; None for a peer that is not installed."""
-    found: dict[str, Provider | None] = {"torch": plain_torch, "uncausal": uncausal}
-    peers = {"sentence-transformers": _sentence_transformers}
-    if device == "cuda":
-        peers |= {"inf-cl": _inf_cl, "memeff": _memeff}
-    for name, load in peers.items():
-        try:
-            found |= load()
-        except ImportError:
-            found[name] = None
-    return found
+def memeff(device: str) -> Provider:
+    if device == "cpu":
+        raise Unable("for a GPU")
+    loss = load("memeff.infonce").InfoNCELoss(temperature=TEMPERATURE)
+    return lambda q, k: loss(F.normalize(q, dim=-1), F.normalize(k, dim=-1))
 
 
-def make(batch: int, dim: int, device: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+PROVIDERS: dict[str, Callable[[str], Provider]] = {
+    OURS: uncausal,
+    "torch": plain_torch,
+    "sentence-transformers": sentence_transformers,
+    "sentence-transformers cached": sentence_transformers_cached,
+    "inf-cl": inf_cl,
+    "memeff": memeff,
+}
+
+
+def make(settings: Settings, batch: int, dim: int) -> tuple[Tensor, Tensor]:
     """Embeddings whose positives are similar, as in training."""
     generator = torch.Generator().manual_seed(0)
     key = torch.randn(batch, dim, generator=generator)
     query = torch.randn(batch, dim, generator=generator).add_(key)
-    return query.to(device, dtype).requires_grad_(), key.to(device, dtype).requires_grad_()
+    return tuple(x.to(settings.device, settings.dtype).requires_grad_() for x in (query, key))  # type: ignore[return-value]
 
 
 def step(provider: Provider, query: Tensor, key: Tensor) -> float:
@@ -105,215 +101,130 @@ def step(provider: Provider, query: Tensor, key: Tensor) -> float:
     return loss.item()
 
 
-def check(provider: Provider, device: str, dtype: torch.dtype) -> None:
-    """A gate, since a wrong answer has no speed."""
-    query, key = make(500, 64, device, dtype)
-    loss = step(provider, query, key)
-    wide_query, wide_key = make(500, 64, device, torch.float64)
-    expected = step(plain_torch, wide_query, wide_key)
+def _error(provider: Provider, settings: Settings) -> float:
+    """Relative error of the query's gradient against float64; a wrong answer has no speed."""
+    query, key = make(settings, 500, 64)
+    wide_query, wide_key = (x.detach().double().requires_grad_() for x in (query, key))
+    loss, expected = step(provider, query, key), step(plain_torch(settings.device), wide_query, wide_key)
     assert query.grad is not None and wide_query.grad is not None
-    error = (query.grad.double() - wide_query.grad).norm() / wide_query.grad.norm()
-    bound = {torch.float32: 1e-3}.get(dtype, 0.05)  # GPU libraries multiply in TF32
-    assert abs(loss - expected) < bound * expected, f"loss {loss}, expected {expected}"
-    assert error < bound, f"relative gradient error {float(error):.3g}"
+    error = float((query.grad.double() - wide_query.grad).norm() / wide_query.grad.norm())
+    bound = 1e-3 if settings.dtype == torch.float32 else 0.05  # GPU libraries multiply in TF32
+    assert abs(loss - expected) < bound * expected and error < bound, f"loss {loss}, error {error:.3g}"
+    return error
 
 
-def bench(batch: int, dim: int, args: argparse.Namespace) -> list[dict]:
-    """Median, 20th and 80th percentile of forward and backward, in seconds."""
-    query, key = make(batch, dim, args.device, args.dtype)
-    chosen, records, times = {}, [], {}
-    for name, provider in providers(args.device).items():
-        if args.only and name not in args.only:
-            continue
-        if provider is None:
-            print(f"{name:>30}  not installed")
-            continue
-        check(provider, args.device, args.dtype)
-        chosen[name], times[name] = provider, []
-    for _ in range(args.repeats):
-        for name, provider in chosen.items():
-            start = time.perf_counter()
-            step(provider, query, key)  # item() waits for the device
-            times[name].append(time.perf_counter() - start)
-    for name, measured in times.items():
-        p20, median, p80 = _quantiles(measured)
-        rate = 6 * batch * batch * dim / median / 1e9
-        records.append(
-            dict(name=name, batch=batch, dim=dim, seconds=median, p20=p20, p80=p80, gflops=round(rate, 1))
-        )
-        ratio = median / statistics.median(times["torch"]) if "torch" in times else float("nan")
-        print(
-            f"{name:>30}  {median:8.3f} s  [{p20:.3f}, {p80:.3f}]  {rate:7.1f} GFLOP/s  {ratio:.3f} x torch"
-        )
-    return records
+def by_batch(settings: Settings, batch: int, dim: int) -> Contest:
+    """Forward and backward of one batch."""
+    if settings.dry:
+        batch, dim = 64, 32
+    large = batch > 8192 and settings.device == "cpu"
+    if large and not settings.full:
+        pytest.skip("with --full")
+    losses, missing = gather(PROVIDERS, settings.device)
+    if large:
+        slow = [name for name in losses if name.startswith("sentence")]
+        missing |= dict.fromkeys(slow, "left out of the large batch")
+        losses = {name: loss for name, loss in losses.items() if name not in slow}
+    facts = {name: {"error": _error(loss, settings)} for name, loss in losses.items()}
+    query, key = make(settings, batch, dim)
+    runs = {
+        name: functools.partial(lambda loss: (step(loss, query, key), None)[1], loss)
+        for name, loss in losses.items()
+    }
+    flops = {"flops": 6.0 * batch * batch * dim}
+    return Contest(runs, missing, flops, facts, rounds=2 if large else 3)
 
 
-def _quantiles(measured: list[float]) -> tuple[float, float, float]:
-    if len(measured) < 2:
-        return measured[0], measured[0], measured[0]
-    fifths = statistics.quantiles(measured, n=5, method="inclusive")
-    return fifths[0], statistics.median(measured), fifths[3]
+def by_memory(settings: Settings, batch: int) -> Contest:
+    """Peak memory of a step, in a process of its own, so that nothing freed earlier is there to be reused."""
+    if batch > 32768 and settings.device == "cpu" and not settings.full:
+        pytest.skip("with --full")
+    batch, dim = (64, 32) if settings.dry else (batch, 256)
+    command = [sys.executable, "-m", "uncausal.bench.bench_info_nce", "--peak", str(batch), str(dim)]
+    facts: dict[str, dict[str, Any]] = {}
 
+    def run() -> None:
+        done = subprocess.run([*command, settings.device], check=True, capture_output=True, text=True)
+        extra = int(done.stdout.split()[-1])
+        facts[OURS] = {"batch": batch, "peak_bytes": extra, "extra_mb": extra / 1e6}
 
-def peak_bytes(provider: Provider, batch: int, dim: int, device: str, dtype: torch.dtype) -> int:
-    """Peak memory of a step beyond the inputs and their gradients. On a CPU, call it in a fresh process."""
-    query, key = make(batch, dim, device, dtype)
-    gradients = 2 * query.numel() * query.element_size()
-    if device == "cuda":
-        step(provider, *make(64, dim, device, dtype))
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step(provider, query, key)
-        return torch.cuda.max_memory_allocated() - before - gradients
-    step(provider, *make(64, dim, device, dtype))  # libraries allocate their buffers
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-    before = _status("VmRSS")
-    step(provider, query, key)
-    return _status("VmHWM") - before - gradients
-
-
-def _status(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {field}")
-
-
-def memory(args: argparse.Namespace) -> list[dict]:
-    """Peak memory at doubling batches, a process for each."""
-    low, high = args.memory
-    batches, records = [low], []
-    while batches[-1] < high:
-        batches.append(2 * batches[-1])
-    for batch in batches:
-        command = [sys.executable, "-m", "uncausal.bench.bench_info_nce", "--peak", f"{batch}x{args.dim}"]
-        command += ["--device", args.device, "--dtype", str(args.dtype).removeprefix("torch.")]
-        done = subprocess.run(command, check=True, capture_output=True, text=True)
-        records.append(
-            dict(name="uncausal", batch=batch, dim=args.dim, extra_bytes=int(done.stdout.split()[-1]))
-        )
-        print(f"B={batch:>7} D={args.dim}: {records[-1]['extra_bytes'] / 2**20:8.1f} MiB", flush=True)
-    return records
-
-
-def plot(records: list[dict], path: str) -> None:
-    """Measured memory, and what the B x B logits alone would take."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    batches = [r["batch"] for r in records]
-    figure, axes = plt.subplots(figsize=(6, 4))
-    axes.loglog(batches, [r["extra_bytes"] / 2**20 for r in records], "o-", label="uncausal, measured")
-    axes.loglog(batches, [b * b * 4 / 2**20 for b in batches], "--", label="one B x B matrix of logits, fp32")
-    axes.set(
-        xlabel="batch B", ylabel="MiB beyond inputs and gradients", title=f"InfoNCE, D = {records[0]['dim']}"
-    )
-    axes.set_xticks(batches, [f"{b:,}" for b in batches], minor=False)
-    axes.minorticks_off()
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.tight_layout()
-    figure.savefig(path)
+    return Contest({OURS: run}, rounds=1, warm_up=False, derive=lambda times: facts)
 
 
 class _SmallModel(torch.nn.Module):
     """A Llama of random weights with mean pooling: what surrounds the loss in training."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         from transformers import LlamaConfig, LlamaModel
 
         super().__init__()
-        config = LlamaConfig(
-            vocab_size=1000,
-            hidden_size=256,
-            intermediate_size=768,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-        )
-        self.model = LlamaModel(config)
+        sizes: Any = {
+            "vocab_size": 1000,
+            "hidden_size": 256,
+            "intermediate_size": 768,
+            "num_hidden_layers": 4,
+        }
+        self.model = LlamaModel(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=4))
 
     def forward(self, features: dict) -> dict:
         states = self.model(features["input_ids"], attention_mask=features["attention_mask"])[0]
         return features | {"sentence_embedding": states.mean(1)}
 
 
-def cached(args: argparse.Namespace) -> list[dict]:
-    """Seconds of a training step of 64 pairs of 32 tokens: uncached, and cached in mini-batches of 16."""
+def by_cache(settings: Settings) -> Contest:
+    """Training steps of 64 pairs of 32 tokens on a small model: whole batches, and mini-batches of 16."""
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
 
     from uncausal.encoder.losses import InfoNCELoss
 
     torch.manual_seed(0)
-    model = SentenceTransformer(modules=[_SmallModel()], device=args.device).train()
-    ids = torch.randint(0, 1000, (2, 64, 32), device=args.device)
-    features = [dict(input_ids=x, attention_mask=torch.ones_like(x)) for x in ids]
-    losses = {
-        "uncached": InfoNCELoss(model),
-        "cached": InfoNCELoss(model, mini_batch_size=16),
-        "sentence-transformers cached": CachedMultipleNegativesRankingLoss(model, mini_batch_size=16),
+    model = SentenceTransformer(modules=[_SmallModel()], device=settings.device).train()
+    pairs, tokens = (4, 8) if settings.dry else (64, 32)
+    ids = torch.randint(0, 1000, (2, pairs, tokens), device=settings.device)
+    features = [{"input_ids": x, "attention_mask": torch.ones_like(x)} for x in ids]
+    losses: dict[str, Any] = {
+        OURS: InfoNCELoss(model),
+        "uncausal cached": InfoNCELoss(model, mini_batch_size=pairs // 4),
+        "sentence-transformers cached": CachedMultipleNegativesRankingLoss(model, mini_batch_size=pairs // 4),
     }
-    times: dict[str, list[float]] = {name: [] for name in losses}
-    for repeat in range(args.repeats + 1):
-        for name, loss in losses.items():
-            model.zero_grad()
-            start = time.perf_counter()
-            value = loss([dict(f) for f in features], None)  # pyright: ignore[reportArgumentType]
-            value.backward()
-            value.item()
-            if repeat:  # the first round warms up
-                times[name].append(time.perf_counter() - start)
-    records = []
-    for name, measured in times.items():
-        p20, median, p80 = _quantiles(measured)
-        ratio = median / statistics.median(times["uncached"])
-        records.append(dict(name=name, seconds=median, p20=p20, p80=p80, ratio=round(ratio, 3)))
-        print(f"{name:>30}  {median:8.3f} s  [{p20:.3f}, {p80:.3f}]  {ratio:.3f} x uncached")
-    return records
+
+    def run(loss: Any) -> None:
+        model.zero_grad()
+        loss([dict(f) for f in features], None).backward()
+
+    return Contest({name: functools.partial(run, loss) for name, loss in losses.items()}, rounds=5)
 
 
-def _shape(text: str) -> tuple[int, int]:
-    batch, dim = text.split("x")
-    return int(batch), int(dim)
+def peak(batch: int, dim: int, settings: Settings) -> int:
+    """Peak memory of a step beyond the inputs and their gradients, in bytes."""
+    provider = uncausal(settings.device)
+    step(provider, *make(settings, 64, dim))  # libraries allocate their buffers
+    query, key = make(settings, batch, dim)
+    gradients = 2 * query.numel() * query.element_size()
+    return resident_bytes(lambda: step(provider, query, key), settings.device) - gradients
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--shape", type=_shape, nargs="+", default=[(8192, 576), (32768, 256)], help="BxD")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", type=lambda name: getattr(torch, name), default=torch.float32)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--only", nargs="+", help="providers by name")
-    parser.add_argument("--memory", type=int, nargs=2, metavar=("LOW", "HIGH"))
-    parser.add_argument("--dim", type=int, default=256, help="of --memory")
-    parser.add_argument("--cached", action="store_true", help="training steps with the cached form")
-    parser.add_argument("--peak", type=_shape, help=argparse.SUPPRESS)
-    parser.add_argument("--plot", help="image file, with --memory")
-    parser.add_argument("--json", help="file for the records")
-    args = parser.parse_args()
-    if args.peak:
-        batch, dim = args.peak
-        print(peak_bytes(uncausal, batch, dim, args.device, args.dtype))
-        return
-    if args.memory:
-        records = memory(args)
-        if args.plot:
-            plot(records, args.plot)
-    elif args.cached:
-        records = cached(args)
-    else:
-        records = [record for batch, dim in args.shape for record in bench(batch, dim, args)]
-    device = (
-        torch.cuda.get_device_name() if args.device == "cuda" else platform.processor() or platform.machine()
-    )
-    packages = ("torch", "triton", "sentence-transformers")
-    about = dict(device=device, threads=torch.get_num_threads(), versions={p: version(p) for p in packages})
-    if args.json:
-        Path(args.json).write_text(json.dumps(dict(about=about, records=records), indent=1))
+@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("batch, dim", SHAPES, ids=[f"B{b}-D{d}" for b, d in SHAPES])
+def bench_by_batch(record, batch, dim, provider):
+    record(by_batch, provider, batch, dim)
+
+
+@pytest.mark.parametrize("provider", [OURS])
+@pytest.mark.parametrize("batch", BATCHES)
+def bench_memory(record, batch, provider):
+    record(by_memory, provider, batch)
+
+
+@pytest.mark.parametrize("provider", [OURS, "uncausal cached", "sentence-transformers cached"])
+def bench_cached(record, provider):
+    record(by_cache, provider)
 
 
 if __name__ == "__main__":
-    main()
+    if "--peak" in sys.argv:
+        count, width, where = sys.argv[2:]
+        print(peak(int(count), int(width), Settings(where)))
+    else:
+        sys.exit(measure.main(__file__, sys.argv[1:]))

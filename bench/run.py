@@ -1,72 +1,70 @@
-"""Runs the benchmark suites one after another and writes what they print into bench/RESULTS.md.
+"""Runs every benchmark and writes bench/RESULTS.md: `make bench` on a CPU, `make bench-gpu` on a GPU.
 
-`python -m uncausal.bench.run` takes the CPU suites, `--gpu` those of a CUDA device after the kernels' tests
-on it, `--only NAME ...` a few of them. Every suite is a module of its own, with more options.
+`python -m uncausal.bench.run [--gpu] [--dry] [--full] [--only attention ...]`. Each suite leaves its records,
+as pytest-benchmark writes them, in bench/results/. `--dry` runs tiny shapes, on a CPU where there is no GPU,
+and writes to a folder that it removes: it proves that everything runs.
 """
 
 from __future__ import annotations
 
 import argparse
-import platform
-import re
 import subprocess
 import sys
-from importlib import metadata
+import tempfile
 from pathlib import Path
 
-RESULTS = Path(__file__).resolve().parent / "RESULTS.md"
-KERNEL_TESTS = ["tests/test_attention.py", "tests/test_latent_pooling.py", "tests/test_info_nce.py"]
-SUITES = {
-    "attention": ["bench_attention"],
-    "latent pooling": ["bench_latent_pooling"],
-    "InfoNCE": ["bench_info_nce"],
-}
-GPU = ["--device", "cuda", "--dtype", "bfloat16"]
+import torch
+
+from uncausal.bench.report import BENCH, RESULTS, render
+
+TESTS = BENCH.parent / "tests"
+SUITES = ("attention", "latent_pooling", "info_nce", "encode", "train_step")
+KERNEL_TESTS = [str(TESTS / f"test_{name}.py") for name in SUITES[:3]]
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m uncausal.bench.run", description=__doc__)
     parser.add_argument("--gpu", action="store_true", help="on a CUDA device, correctness first")
+    parser.add_argument("--dry", action="store_true", help="tiny shapes; keeps nothing")
+    parser.add_argument("--full", action="store_true", help="the long cases as well")
     parser.add_argument("--only", nargs="+", choices=SUITES, default=list(SUITES))
     options = parser.parse_args()
+    device = "cuda" if options.gpu and not (options.dry and not torch.cuda.is_available()) else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        parser.error("--gpu needs a CUDA device; add --dry to see on a CPU that it would run")
     if options.gpu:
-        subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-m", "sanitize or gpu", *KERNEL_TESTS], check=True
-        )
-    for name in options.only:
-        module, *arguments = SUITES[name]
-        command = [f"uncausal.bench.{module}", *arguments, *(GPU if options.gpu else [])]
-        print(f"== python -m {' '.join(command)}", flush=True)
-        done = subprocess.run([sys.executable, "-m", *command], stdout=subprocess.PIPE, text=True, check=True)
-        print(done.stdout)
-        title = f"{name}, {'GPU' if options.gpu else 'CPU'}"
-        write_section(
-            title, f"`python -m {' '.join(command)}`, {environment(options.gpu)}\n\n```\n{done.stdout}```"
-        )
+        # on a CPU nothing of these can run, but they must be found
+        marks = ["-m", "sanitize or gpu"] if device == "cuda" else ["--collect-only", "-k", "sanitised"]
+        _run("-q", *marks, *KERNEL_TESTS)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) if options.dry else BENCH / "results"
+        folder.mkdir(exist_ok=True)
+        flags = [
+            "--device",
+            device,
+            *(["--dry"] if options.dry else []),
+            *(["--full"] if options.full else []),
+        ]
+        files = [str(BENCH / f"bench_{name}.py") for name in options.only]
+        kind = "gpu" if options.gpu else "cpu"
+        records = folder / f"{'-'.join(options.only)}-{kind}.json"
+        _run(*files, "-q", "-rs", *flags, f"--benchmark-json={records}")
+        render(folder, Path(scratch) / RESULTS.name if options.dry else RESULTS)
+    return 0
 
 
-def environment(gpu: bool) -> str:
-    """Return device and versions in one line."""
-    import torch
-
-    device = (
-        torch.cuda.get_device_name() if gpu else f"{platform.machine()}, {torch.get_num_threads()} threads"
-    )
-    versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "triton", "transformers"))
-    return f"{device}, {versions}"
-
-
-def write_section(title: str, body: str, path: Path = RESULTS) -> None:
-    """Replace the section of that title, or add it at the end."""
-    text = path.read_text() if path.exists() else "# Results\n"
-    section = f"<!-- {title} -->\n## {title[0].upper()}{title[1:]}\n\n{body}\n<!-- /{title} -->"
-    pattern = re.compile(rf"<!-- {re.escape(title)} -->.*?<!-- /{re.escape(title)} -->", re.DOTALL)
-    if pattern.search(text):
-        text = pattern.sub(lambda _: section, text)
-    else:
-        text = text.rstrip() + "\n\n" + section + "\n"
-    path.write_text(text)
+def _run(*arguments: str) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "no:cacheprovider",
+        "-o",
+        "python_functions=test_* bench_*",
+    ]
+    subprocess.run([*command, *arguments], check=True)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
