@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from uncausal.kernels import attention_torch, attention_triton
-from uncausal.kernels.attention_torch import Options, dropout_keep, dropout_threshold, plan_batch
+from uncausal.kernels.attention_dropout import dropout_keep, dropout_threshold
+from uncausal.kernels.attention_torch import Options, plan_batch
 from uncausal.kernels.launch import resolve_backend
 from uncausal.kernels.packing import PackedLayout
 

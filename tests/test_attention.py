@@ -16,7 +16,7 @@ from uncausal.kernels.attention import (
     flash_attn_varlen_func,
     flash_attn_varlen_ref,
 )
-from uncausal.kernels.attention_torch import dropout_threshold, philox_keep
+from uncausal.kernels.attention_dropout import dropout_threshold, philox_keep
 from uncausal.kernels.launch import ARCHS, attention_config
 from uncausal.kernels.packing import PackedLayout
 
