@@ -19,7 +19,7 @@ from uncausal.kernels.attention_dropout import dropout_keep, dropout_threshold
 
 BLOCK_SCORES = 1 << 17  # half a MB in fp32, with its gradient the second-level cache of one core
 DIRECT_LENGTH = 32  # tokens; longer sequences go to torch's kernel, and buckets of few: bench/NOTES.md
-BUCKET_SIZE = 8  # sequences
+BUCKET_SIZE = 12  # sequences
 BUCKET_SCORES = 1 << 15  # padding that costs as much as the calls for one more bucket
 
 
@@ -64,9 +64,11 @@ class Bucket(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """Which sequences are computed alone, as (first query, count), (first key, count), and which together."""
+    """Which sequences are computed alone, and which together."""
 
-    direct: tuple[tuple[tuple[int, int], tuple[int, int]], ...]
+    sizes_q: list[int]
+    sizes_k: list[int]
+    direct: list[int]  # sequences
     buckets: tuple[Bucket, ...]
     heads: int  # HK
     group: int  # G
@@ -81,15 +83,15 @@ def plan_batch(
     """Sort the sequences of a batch; every layer finds the same plan again."""
     alone, members = [], []
     idle_q = idle_k = False
-    for q0, q1, k0, k1 in zip(cu_q, cu_q[1:], cu_k, cu_k[1:], strict=False):
+    for i, (q0, q1, k0, k1) in enumerate(zip(cu_q, cu_q[1:], cu_k, cu_k[1:], strict=False)):
         if q0 == q1 or k0 == k1:
             idle_q |= q0 < q1
             idle_k |= k0 < k1
         elif direct and q1 - q0 >= DIRECT_LENGTH:
-            alone.append(((q0, q1 - q0), (k0, k1 - k0)))
+            alone.append(i)
         else:
-            members.append((q1 - q0, k1 - k0, q0, k0))
-    buckets: list[list[tuple[int, int, int, int]]] = []
+            members.append((q1 - q0, k1 - k0, q0, k0, i))
+    buckets: list[list[tuple[int, int, int, int, int]]] = []
     longest_k = real = 0
     for member in sorted(members, reverse=True):
         longest_k, real = max(longest_k, member[1]), real + member[0] * member[1]
@@ -102,14 +104,14 @@ def plan_batch(
         buckets.append([member])
         longest_k, real = member[1], member[0] * member[1]
     if direct:
-        few = (member for bucket in buckets if len(bucket) < BUCKET_SIZE for member in bucket)
-        alone += (((q0, q), (k0, k)) for q, k, q0, k0 in few)
+        alone += (member[-1] for bucket in buckets if len(bucket) < BUCKET_SIZE for member in bucket)
         buckets = [bucket for bucket in buckets if len(bucket) >= BUCKET_SIZE]
     sides = [
         Bucket(*(_side([m[i + 2] for m in b], [m[i] for m in b], heads, device) for i in (0, 1)))
         for b in buckets
     ]
-    return Plan(tuple(alone), tuple(sides), heads, group, idle_q, idle_k)
+    sizes_q, sizes_k = ([b - a for a, b in zip(cu, cu[1:], strict=False)] for cu in (cu_q, cu_k))
+    return Plan(sizes_q, sizes_k, sorted(alone), tuple(sides), heads, group, idle_q, idle_k)
 
 
 def _side(starts: list[int], counts: list[int], heads: int, device: torch.device) -> Side:
@@ -197,12 +199,34 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, opts: Options
     """
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     out = q.new_empty(q.shape)
-    lse = q.new_empty(q.shape[:2], dtype=dtype)  # (T, H), as the rows of a bucket need it
+    if plan.buckets:
+        lse = q.new_empty(q.shape[:2], dtype=dtype)  # (T, H), as the rows of a bucket need it
+    else:
+        lse = q.new_empty(q.shape[1::-1], dtype=dtype).t()
     if plan.idle_q:
         out.zero_()
         lse.fill_(-torch.inf)
     if plan.direct:
         _forward_direct(q, k, v, out, lse, plan, opts)
+    if plan.buckets:
+        _forward_buckets(q, k, v, out, lse, plan, opts)
+    return out, lse.t().contiguous()
+
+
+def _forward_direct(q, k, v, out, lse, plan: Plan, opts: Options) -> None:
+    """Write out (T, H, D) and lse (T, H) of the plan's direct sequences, with torch's own kernel."""
+    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+    qs, outs, lses = (_query_heads(x, plan).split(plan.sizes_q, 2) for x in (q.to(lse.dtype), out, lse))
+    ks, vs = (_key_heads(x.to(lse.dtype), plan).split(plan.sizes_k, 2) for x in (k, v))
+    for i in plan.direct:
+        result, stat = attend(qs[i], ks[i], vs[i], scale=opts.scale)
+        outs[i].copy_(result)
+        lses[i].copy_(stat)
+
+
+def _forward_buckets(q, k, v, out, lse, plan: Plan, opts: Options) -> None:
+    """Write out (T, H, D) and lse (T, H) of the plan's buckets; scores never leave a block."""
+    dtype = lse.dtype
     dim, keep_scale = q.shape[2], 65536 / (65536 - dropout_threshold(opts.dropout_p))
     q, out_rows, lse_rows = (x.reshape(-1, plan.group * n) for x, n in ((q, dim), (out, dim), (lse, 1)))
     k, v = k.reshape(-1, dim), v.reshape(-1, dim)
@@ -224,19 +248,6 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, opts: Options
             ob[:, rows] = torch.bmm(p, vb).div_(total.clamp_min_(torch.finfo(dtype).tiny))
         bucket.q.scatter(ob.view(-1, plan.group * dim), out_rows)
         bucket.q.scatter(lb.view(-1, plan.group), lse_rows)
-    return out, lse.t().contiguous()
-
-
-def _forward_direct(q, k, v, out, lse, plan: Plan, opts: Options) -> None:
-    """Write out (T, H, D) and lse (T, H) of the plan's direct sequences, with torch's own kernel."""
-    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-    q, out, lse = _query_heads(q.to(lse.dtype), plan), _query_heads(out, plan), _query_heads(lse, plan)
-    k, v = (_key_heads(x.to(lse.dtype), plan) for x in (k, v))
-    for (row, rows), (key, keys) in plan.direct:
-        parts = q.narrow(2, row, rows), k.narrow(2, key, keys), v.narrow(2, key, keys)
-        result, stat = attend(*parts, scale=opts.scale)
-        out.narrow(2, row, rows).copy_(result)
-        lse.narrow(2, row, rows).copy_(stat)
 
 
 def attention_backward(
@@ -269,17 +280,17 @@ def attention_backward(
 def _backward_direct(dout, q, k, v, out, lse, dq, dk, dv, plan: Plan, opts: Options) -> None:
     """Write the gradients of the plan's direct sequences, with torch's own kernel."""
     attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
-    q, out, dout = (_query_heads(x.to(lse.dtype), plan) for x in (q, out, dout))
-    k, v = (_key_heads(x.to(lse.dtype), plan) for x in (k, v))
-    lse, dq = lse.unflatten(0, (plan.heads, plan.group)), _query_heads(dq, plan)
-    dk, dv = dk.transpose(0, 1), dv.transpose(0, 1)  # [HK, Tk, D]
-    for (row, rows), (key, keys) in plan.direct:
-        qs = [x.narrow(2, row, rows) for x in (dout, q, out, lse)]
-        ks = [x.narrow(2, key, keys) for x in (k, v)]
-        grads = attend(qs[0], qs[1], *ks, qs[2], qs[3], 0.0, False, scale=opts.scale)
-        dq.narrow(2, row, rows).copy_(grads[0])
-        dk.narrow(1, key, keys).copy_(grads[1].sum(1))
-        dv.narrow(1, key, keys).copy_(grads[2].sum(1))
+    qs, outs, douts = (_query_heads(x.to(lse.dtype), plan).split(plan.sizes_q, 2) for x in (q, out, dout))
+    ks, vs = (_key_heads(x.to(lse.dtype), plan).split(plan.sizes_k, 2) for x in (k, v))
+    lses = lse.unflatten(0, (plan.heads, plan.group)).split(plan.sizes_q, 2)
+    dqs = _query_heads(dq, plan).split(plan.sizes_q, 2)
+    dks, dvs = (x.transpose(0, 1).split(plan.sizes_k, 1) for x in (dk, dv))  # [HK, keys, D]
+    for i in plan.direct:
+        parts = douts[i], qs[i], ks[i], vs[i], outs[i], lses[i]
+        grads = attend(*parts, 0.0, False, scale=opts.scale)
+        dqs[i].copy_(grads[0])
+        dks[i].copy_(grads[1].sum(1))
+        dvs[i].copy_(grads[2].sum(1))
 
 
 def _backward_buckets(
