@@ -1,7 +1,8 @@
 """Turns the records of benchmark runs into the tables and plots of RESULTS.md.
 
 `python -m uncausal.bench.report` reads every `bench/results/*.json`, as pytest-benchmark wrote it, oldest
-first; a later record of the same case and provider replaces the earlier one.
+first; a later record of the same case and provider replaces the earlier one. The README's speeds are rows of
+the same records.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from uncausal.bench.measure import OURS
 
 BENCH = Path(__file__).resolve().parent
 RESULTS = BENCH / "RESULTS.md"
+README = BENCH.parent / "README.md"
 COLUMNS = {  # of a record: heading, scale, digits
     "tokens_per_s": ("tokens/s", 1, 0),
     "flops_per_s": ("GFLOP/s", 1e9, 1),
@@ -157,6 +159,36 @@ def render(folder: Path = BENCH / "results", results: Path = RESULTS) -> None:
         write_section(", ".join(key), body, results)
 
 
+def readme_table(entries: list[Entry]) -> str:
+    """What a newcomer asks: tokens a second of encoding and of training, on a CPU, beside the peers."""
+    rows = []
+    for benchmark, what in (
+        ("encode, mixed", "encode, 30 layers"),
+        ("encode, by_layers", "encode, pruned"),
+        ("train_step, simcse", "SimCSE step, 7 layers"),
+    ):
+        for e in entries:
+            measured = (e.benchmark, e.device) == (benchmark, "CPU") and "tokens_per_s" in e.record
+            if measured and not e.provider.startswith(("torch.mm", "30 layers")):
+                name = f"{OURS}, {e.provider}" if e.provider.endswith("layers") else e.provider
+                memory = e.record.get("peak_bytes")
+                cells = [
+                    f"{what}, {e.case}" if e.case else what,
+                    name,
+                    _number(e.record["tokens_per_s"], "tokens_per_s"),
+                    _number(memory, "peak_bytes") if memory else "",
+                ]
+                rows.append("| " + " | ".join(cells) + " |")
+    return "\n".join(["| what | by | tokens/s | peak MB |", "|---|---|---|---|", *rows])
+
+
+def write_block(path: Path, name: str, body: str) -> None:
+    """Replace what stands between a file's markers of that name; a file without them stays as it is."""
+    text = path.read_text()
+    pattern = re.compile(rf"<!-- {name} -->.*?<!-- /{name} -->", re.DOTALL)
+    path.write_text(pattern.sub(lambda _: f"<!-- {name} -->\n{body}\n<!-- /{name} -->", text))
+
+
 def write_section(title: str, body: str, path: Path = RESULTS) -> None:
     """Replace the section of that title, or add it at the end."""
     text = path.read_text() if path.exists() else "# Results\n"
@@ -172,3 +204,4 @@ def write_section(title: str, body: str, path: Path = RESULTS) -> None:
 
 if __name__ == "__main__":
     render()
+    write_block(README, "speed", readme_table(read(BENCH / "results")))

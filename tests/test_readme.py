@@ -42,6 +42,19 @@ def test_file_tree_is_complete():
     assert named == real
 
 
+def test_speeds_are_rows_of_the_results():
+    """The table is written by `python -m uncausal.bench.report`, from the records of RESULTS.md."""
+    results = (ROOT / "bench" / "RESULTS.md").read_text()
+    block = README.split("<!-- speed -->")[1].split("<!-- /speed -->")[0]
+    rows = [line.split("|")[2:5] for line in block.splitlines() if line.startswith("|")][2:]
+    assert len(rows) >= 5
+    for provider, speed, memory in rows:
+        name = provider.strip().removeprefix("uncausal, ")
+        figures = [f"| {figure.strip()} |" for figure in (speed, memory) if figure.strip()]
+        found = [line for line in results.splitlines() if f"| {name} |" in line]
+        assert any(all(figure in line for figure in figures) for line in found), (provider, figures)
+
+
 @pytest.mark.parametrize("name", sorted(set(re.findall(r"from uncausal import (.*)", README))))
 def test_imported_names_are_public(name):
     assert set(name.split(", ")) <= set(uncausal.__all__)
