@@ -152,7 +152,7 @@ def simcse(settings: Settings, bf16: bool) -> Contest:
     return Contest(
         {name: functools.partial(seconds, name) for name in runs},
         work={"tokens": tokens / steps},
-        rounds=3 if settings.full else 2,
+        rounds=3 if settings.full else 1,
         warm_up=False,
         derive=lambda times: facts,
     )
