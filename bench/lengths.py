@@ -44,7 +44,7 @@ def _shuffled(lengths: torch.Tensor) -> list[int]:
 def batches(tokens: int, longest: int) -> dict[str, list[int]]:
     """Name the distributions at a number of tokens; their longest sequence is about `longest`."""
     return {
-        "long-tailed": lognormal(max(tokens // 96, 2), tokens, min(16, longest), longest),
+        "long-tailed": lognormal(max(tokens // 96, 2 * tokens // longest), tokens, min(16, longest), longest),
         "constant": constant(longest // 2, tokens),
         "uniform": uniform(min(8, longest), longest, tokens),
         "bimodal": bimodal(min(16, longest), longest, tokens),

@@ -9,7 +9,6 @@ import pytest
 
 from uncausal.bench import lengths, measure, report
 from uncausal.bench.measure import Contest, Settings
-from uncausal.bench.run import SUITES
 
 
 def test_dry_run_of_everything():
@@ -21,8 +20,8 @@ def test_dry_run_of_everything():
         text=True,
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    for suite in SUITES:
-        assert f"bench_{suite}.py ..." in done.stdout, done.stdout
+    for name in ("by_distribution", "latent_pooling", "by_batch", "mixed", "simcse"):  # one of each suite
+        assert f"bench_{name}[" in done.stdout, done.stdout
     assert "not installed" in done.stdout  # a peer that is missing is named
 
 
