@@ -35,35 +35,23 @@ def main() -> int:
     if options.gpu:
         # on a CPU nothing of these can run, but they must be found
         marks = ["-m", "sanitize or gpu"] if device == "cuda" else ["--collect-only", "-k", "sanitised"]
-        _run("-q", *marks, *KERNEL_TESTS)
+        if failed := _run("-q", *marks, *KERNEL_TESTS):
+            return failed  # a wrong answer has no speed
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) if options.dry else BENCH / "results"
         folder.mkdir(exist_ok=True)
-        flags = [
-            "--device",
-            device,
-            *(["--dry"] if options.dry else []),
-            *(["--full"] if options.full else []),
-        ]
+        flags = [f"--device={device}"] + [f"--{name}" for name in ("dry", "full") if getattr(options, name)]
         files = [str(BENCH / f"bench_{name}.py") for name in options.only]
         kind = "gpu" if options.gpu else "cpu"
         records = folder / f"{'-'.join(options.only)}-{kind}.json"
-        _run(*files, "-q", "-rs", *flags, f"--benchmark-json={records}")
-        render(folder, Path(scratch) / RESULTS.name if options.dry else RESULTS)
-    return 0
+        failed = _run(*files, "-q", "-rs", *flags, f"--benchmark-json={records}")
+        render(folder, Path(scratch) / RESULTS.name if options.dry else RESULTS)  # what did run is not lost
+    return failed
 
 
-def _run(*arguments: str) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-p",
-        "no:cacheprovider",
-        "-o",
-        "python_functions=test_* bench_*",
-    ]
-    subprocess.run([*command, *arguments], check=True)
+def _run(*arguments: str) -> int:
+    options = ["-p", "no:cacheprovider", "-o", "python_functions=test_* bench_*"]
+    return subprocess.run([sys.executable, "-m", "pytest"] + options + list(arguments)).returncode
 
 
 if __name__ == "__main__":
