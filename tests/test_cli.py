@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from uncausal.encoder.cli import main
+from uncausal.encoder.cli.main import main
 from uncausal.encoder.model import Encoder
 
 TEXTS = ["A man is playing a guitar.", "Plants make energy from sunlight.", "The dog runs on the beach."]
@@ -54,7 +54,7 @@ def test_help_names_every_argument(command, capsys):
 
 
 def test_help_is_quick():
-    code = "import sys; from uncausal.encoder.cli import build_parser; build_parser(False).format_help(); "
+    code = "import sys; from uncausal.encoder.cli.main import build_parser as b; b(False).format_help(); "
     code += "print('torch' in sys.modules)"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False"
 
@@ -166,7 +166,7 @@ def test_encode_keeps_an_earlier_output_when_it_fails(folder, tmp_path, capsys, 
         (["encode", "encoder", "missing.txt", "out.npy"], "no such file: missing.txt"),
         (["search", "encoder", "texts.txt.gz", "query"], "damaged gzip"),
         (["run", "missing.toml", "out"], "missing.toml"),
-        (["train", "mntp", "encoder", "texts.txt", "out", "--steps", "0"], "MNTP.steps is 0"),
+        (["train", "mntp", "encoder", "texts.txt", "out", "--max-steps", "0"], "MNTP.max_steps is 0"),
     ],
 )
 def test_bad_input_is_one_line(folder, capsys, monkeypatch, arguments, message):
@@ -196,7 +196,7 @@ def test_search_finds_the_text_itself(folder, capsys):
 
 
 def test_train_changes_the_encoder_and_can_be_repeated(folder, tmp_path, capsys):
-    options = ["--steps", 2, "--batch-size", 4, "--learning-rate", 1e-3, "--bf16", "false", "--json"]
+    options = ["--max-steps", 2, "--batch-size", 4, "--learning-rate", 1e-3, "--bf16", "false", "--json"]
     arguments = [
         "train",
         "contrastive",

@@ -9,7 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from uncausal.encoder.data import DataError, read_pairs, read_texts, sentences
+from uncausal.encoder.data.pairs import read_pairs
+from uncausal.encoder.data.rows import DataError
+from uncausal.encoder.data.texts import read_texts, sentences
 
 TEXTS = ["Héllo wörld", 'a "quoted" text, with a comma', "日本語 の テキスト"]
 

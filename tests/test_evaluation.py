@@ -5,8 +5,8 @@ import pytest
 from scipy.stats import spearmanr
 from sentence_transformers.sentence_transformer.modules import Pooling
 
-from uncausal.encoder.demo import asset
-from uncausal.encoder.evaluation import ScoredPair, evaluate_sts, evaluate_sts_by_pooling, read_sts
+from uncausal.encoder.cli.demo import asset
+from uncausal.encoder.evaluation.sts import ScoredPair, evaluate_sts, evaluate_sts_by_pooling, read_sts
 from uncausal.encoder.model import Encoder
 
 

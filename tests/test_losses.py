@@ -16,8 +16,8 @@ from sentence_transformers.sentence_transformer.losses import (
 )
 from torch import nn
 
-from uncausal.encoder import losses
-from uncausal.encoder.losses import InfoNCELoss, masked_next_token_loss
+from uncausal.encoder.training import losses
+from uncausal.encoder.training.losses import InfoNCELoss, masked_next_token_loss
 
 VOCABULARY, DIM = 50, 16
 

@@ -10,7 +10,9 @@ import torch
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModel, LlamaConfig, LlamaModel
 
-from uncausal.encoder.model import Encoder, check_not_empty, token_batches
+from uncausal.encoder.batching import token_batches
+from uncausal.encoder.inputs import check_not_empty
+from uncausal.encoder.model import Encoder
 
 TEXTS = [
     "A man is playing a guitar.",

@@ -1,5 +1,6 @@
 """The package as a user installs it: names, import time, the traps of its layout."""
 
+import ast
 import importlib.util
 import subprocess
 import sys
@@ -42,17 +43,87 @@ def test_folder_kernels_shadows_nothing():
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
-def test_imports_run_one_way():
-    """bench, tests -> encoder -> kernels -> torch and triton."""
-    allowed = {"kernels": {"kernels"}, "encoder": {"kernels", "encoder"}}
-    for folder, targets in allowed.items():
-        for file in (ROOT / folder).glob("*.py"):
-            for line in file.read_text().splitlines():
-                words = line.split()
-                if words[:1] in (["from"], ["import"]) and words[1].startswith("uncausal."):
-                    assert words[1].split(".")[1] in targets, f"{file.name}: {line}"
-                if folder == "kernels" and words[:1] in (["from"], ["import"]):
-                    assert words[1].split(".")[0] not in ("transformers", "sentence_transformers", "peft")
+LAYERS = [
+    {"kernels"},
+    {f"encoder.{stem}" for stem in ("data", *(p.stem for p in (ROOT / "encoder").glob("*.py")))},
+    {"encoder.training", "encoder.evaluation", "encoder.serving"},
+    {"encoder.cli"},
+    {"bench", "tests"},
+]
+
+
+def imported_modules(source: str, home: dict[str, str]) -> list[str]:
+    """The modules that a file imports, names taken through the package's front door included."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            module = node.module or ""
+            found.append(module)
+            if module == "uncausal":
+                found += [f"uncausal.{home.get(alias.name, alias.name)}" for alias in node.names]
+            elif module.startswith("uncausal."):
+                found += [f"{module}.{alias.name}" for alias in node.names]
+    return found
+
+
+def wrong_imports(path: Path, source: str) -> list[str]:
+    """The imports of a file that run against the order of LAYERS, or out of what its layer may use."""
+    place = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+
+    def level(name: str) -> int | None:
+        inside = [i for i, parts in enumerate(LAYERS) for p in parts if f"{name}.".startswith(f"{p}.")]
+        return max(inside, default=None)
+
+    own, wrong = level(place), []
+    assert own is not None, f"{place} stands in no layer"
+    for module in imported_modules(source, uncausal._HOME):
+        theirs = level(module.removeprefix("uncausal.")) if module.startswith("uncausal.") else None
+        if module == "uncausal" and own == 0 or theirs is not None and theirs > own:
+            wrong.append(module)
+        outside = module.split(".")[0]
+        if own == 0 and outside not in {*sys.stdlib_module_names, "uncausal", "torch", "triton"}:
+            wrong.append(module)
+    return wrong
+
+
+FILES = sorted(p for folder in ("kernels", "encoder", "bench") for p in (ROOT / folder).rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_run_one_way(path):
+    """bench, tests -> cli -> serving, evaluation, training -> the model layer -> kernels -> torch, triton."""
+    assert not wrong_imports(path, path.read_text())
+
+
+@pytest.mark.parametrize(
+    "file, line",
+    [
+        ("kernels/launch.py", "from uncausal import Encoder"),
+        ("kernels/launch.py", "def f():\n    from uncausal import (\n        Encoder)"),
+        ("kernels/launch.py", "import transformers"),
+        ("kernels/launch.py", "import uncausal.encoder.model as m"),
+        ("encoder/model.py", "from uncausal import train"),
+        ("encoder/data/rows.py", "from uncausal.encoder.training import run"),
+        ("encoder/training/run.py", "from uncausal.encoder.cli.main import main"),
+        ("encoder/evaluation/sts.py", "from uncausal.bench import measure"),
+    ],
+)
+def test_imports_against_the_way_are_seen(file, line):
+    """Regression: `from uncausal import Encoder` inside kernels/ passed, and so did an import in brackets."""
+    assert wrong_imports(ROOT / file, line)
+
+
+def test_folders_are_rooms():
+    """No folder of code holds many more than ten files."""
+    crowded = {
+        str(folder.relative_to(ROOT)): count
+        for folder in {path.parent for path in FILES}
+        if (count := len(list(folder.glob("*.py")))) > 14
+    }
+    assert not crowded
 
 
 def test_wheel_and_sdist_hold_the_sources(tmp_path):
@@ -68,7 +139,13 @@ def test_wheel_and_sdist_hold_the_sources(tmp_path):
     [wheel] = tmp_path.glob("*.whl")
     [sdist] = tmp_path.glob("*.tar.gz")
     names = set(zipfile.ZipFile(wheel).namelist())
-    wanted = {"py.typed", "__init__.py", "kernels/attention.py", "encoder/model.py", "bench/ladder.py"}
+    wanted = {
+        "py.typed",
+        "__init__.py",
+        "kernels/attention.py",
+        "encoder/training/stages/mntp.py",
+        "bench/ladder.py",
+    }
     assert {f"uncausal/{name}" for name in wanted} <= names
     assert not any(name.startswith(("kernels/", "encoder/")) for name in names)
     assert any(name.endswith("kernels/attention.py") for name in tarfile.open(sdist).getnames())

@@ -14,11 +14,10 @@ from transformers import (
     Qwen2Model,
 )
 
+from uncausal.encoder.layers import decoder_layers, final_norm
 from uncausal.encoder.model import Encoder
 from uncausal.encoder.pruning import (
-    decoder_layers,
     depth_from_fraction,
-    final_norm,
     l3prune,
     layer_losses,
     plot_layer_losses,

@@ -26,8 +26,8 @@ def test_examples_run_in_order(smollm2, tmp_path, monkeypatch):
     assert len(EXAMPLES) >= 5
     for example in EXAMPLES:
         code = example.replace('"Qwen/Qwen2.5-Coder-0.5B"', repr(str(smollm2)))
-        code = code.replace("MNTP(steps=1000)", "MNTP(steps=1, batch_size=1, chunk_tokens=32)")
-        code = code.replace("SimCSE(steps=1000)", "SimCSE(steps=1, batch_size=4)")
+        code = code.replace("MNTP(max_steps=1000)", "MNTP(max_steps=1, batch_size=1, chunk_tokens=32)")
+        code = code.replace("SimCSE(max_steps=1000)", "SimCSE(max_steps=1, batch_size=4)")
         exec(compile(code, "README.md", "exec"), names)
     assert len(names["vectors"]) == 2 and np.isfinite(names["vectors"]).all()
     assert names["out"].shape == (7, 8, 64)

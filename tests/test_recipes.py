@@ -10,8 +10,8 @@ from sentence_transformers import SentenceTransformer
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-from uncausal.encoder.recipes import RecipeError, load_recipe, run_recipe
-from uncausal.encoder.stages import MNTP, Contrastive, SimCSE
+from uncausal import MNTP, Contrastive, SimCSE
+from uncausal.encoder.training.recipes import RecipeError, load_recipe, run_recipe
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 TEXTS = [

@@ -16,10 +16,17 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, TrainerCallback
 
 from uncausal.encoder import adapters
-from uncausal.encoder.data import chunk_texts
+from uncausal.encoder.data.texts import chunk_texts
 from uncausal.encoder.model import Encoder
-from uncausal.encoder.trainers import LengthGrouped, MaskedNextToken, count_tokens, mask_tokens
-from uncausal.encoder.training import MNTP, Contrastive, SimCSE, TrainingInterrupted, train
+from uncausal.encoder.training.lora import attach_lora
+from uncausal.encoder.training.masking import mask_tokens
+from uncausal.encoder.training.progress import TrainingInterrupted
+from uncausal.encoder.training.run import train
+from uncausal.encoder.training.samplers import LengthGrouped
+from uncausal.encoder.training.stages.contrastive import Contrastive
+from uncausal.encoder.training.stages.mntp import MNTP, MaskedNextToken
+from uncausal.encoder.training.stages.simcse import SimCSE, attention_dropout
+from uncausal.encoder.training.trainer import count_tokens
 
 SUBJECTS = ("the cat", "a dog", "my friend", "the old man", "one bird", "his sister", "the king", "a child")
 VERBS = ("sees", "likes", "follows", "paints", "forgets", "remembers")
@@ -29,10 +36,10 @@ PAIRS = [(f"{s} {v} {o}", f"{o} {v} {s}") for s in SUBJECTS for v in VERBS for o
 FAST = {
     "lora_r": 4,
     "bf16": False,
-    "log_every": 1,
+    "logging_steps": 1,
     "learning_rate": 5e-3,
     "warmup_steps": 0,
-    "save_every": 1000,
+    "save_steps": 1000,
 }
 
 
@@ -180,9 +187,9 @@ def test_chunk_texts_loses_no_token_and_pads_none(checkpoint):
 @pytest.mark.parametrize(
     ("stage", "data"),
     [
-        (MNTP(steps=40, batch_size=16, chunk_tokens=16, **FAST), TEXTS),
-        (SimCSE(steps=40, batch_size=16, **FAST), TEXTS),
-        (Contrastive(steps=40, batch_size=16, scale=20, **FAST), PAIRS),
+        (MNTP(max_steps=40, batch_size=16, chunk_tokens=16, **FAST), TEXTS),
+        (SimCSE(max_steps=40, batch_size=16, **FAST), TEXTS),
+        (Contrastive(max_steps=40, batch_size=16, temperature=0.05, **FAST), PAIRS),
     ],
     ids=["mntp", "simcse", "contrastive"],
 )
@@ -201,7 +208,7 @@ def test_train_learns(checkpoint, tmp_path, stage, data, attention):
 
 def test_train_counts_real_tokens(checkpoint, tmp_path):
     """Padding is not throughput: padded and packed runs over the same texts count the same tokens."""
-    stage = SimCSE(steps=3, batch_size=8, **FAST)
+    stage = SimCSE(max_steps=3, batch_size=8, **FAST)
     counts = {a: train(load(checkpoint, a), stage, TEXTS, tmp_path / a).tokens for a in ("sdpa", "uncausal")}
     assert counts["sdpa"] == counts["uncausal"] > 2 * 3 * 8 * 4
     ids, mask = torch.ones(2, 5), torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
@@ -218,7 +225,7 @@ def test_attention_dropout_acts_and_is_restored(checkpoint, attention):
         return [encoder(dict(features))["sentence_embedding"].detach() for _ in range(2)]
 
     assert torch.equal(*passes())
-    with adapters.attention_dropout(encoder.backbone, 0.3):
+    with attention_dropout(encoder.backbone, 0.3):
         first, second = passes()
         assert all((a != b).any() for a, b in zip(first, second, strict=True))  # in every text of the batch
         encoder.eval()
@@ -239,7 +246,7 @@ def test_attention_dropout_other_families(family):
             setattr(config, name, 0.0)
     model = AutoModel.from_config(config).train()
     ids = torch.arange(20)[None]
-    with adapters.attention_dropout(model, 0.3):
+    with attention_dropout(model, 0.3):
         first, second = (model(ids).last_hidden_state for _ in range(2))
     assert not torch.equal(first, second)
     assert torch.equal(*(model(ids).last_hidden_state for _ in range(2)))
@@ -255,7 +262,7 @@ def test_attention_dropout_without_effect_is_refused():
         )
     )
     with pytest.raises(ValueError, match=r"attention dropout 0\.3 has no effect on FalconModel with 'sdpa'"):
-        with adapters.attention_dropout(model, 0.3):
+        with attention_dropout(model, 0.3):
             pass
 
 
@@ -264,7 +271,7 @@ def test_attention_dropout_without_effect_is_refused():
 
 def test_lora_only_upper_layers_stops_the_backward_pass(checkpoint):
     encoder = load(checkpoint)
-    view = adapters.attach_lora(encoder.backbone, r=4, alpha=8, dropout=0.0, layers=[2, 3])
+    view = attach_lora(encoder.backbone, r=4, alpha=8, dropout=0.0, trainable_layers=[2, 3])
     trained = {name.split(".layers.")[1][0] for name, p in view.named_parameters() if p.requires_grad}
     assert trained == {"2", "3"}
     seen = {}
@@ -278,16 +285,16 @@ def test_lora_only_upper_layers_stops_the_backward_pass(checkpoint):
 def test_attach_lora_refuses_what_the_model_does_not_have(checkpoint):
     backbone = load(checkpoint).backbone
     with pytest.raises(ValueError, match=r"no linear layer \['qkv'\]"):
-        adapters.attach_lora(backbone, r=4, alpha=8, dropout=0.0, target_modules=["q_proj", "qkv"])
+        attach_lora(backbone, r=4, alpha=8, dropout=0.0, target_modules=["q_proj", "qkv"])
     with pytest.raises(ValueError, match=r"layers \[4\] do not exist: the model has the layers 0 to 3"):
-        adapters.attach_lora(backbone, r=4, alpha=8, dropout=0.0, layers=[1, 4])
+        attach_lora(backbone, r=4, alpha=8, dropout=0.0, trainable_layers=[1, 4])
 
 
 def test_attach_lora_finds_the_linear_layers_of_another_family():
     from transformers import GPT2Config, GPT2Model
 
     model = GPT2Model(GPT2Config(n_embd=32, n_layer=3, n_head=4, vocab_size=50))
-    view = adapters.attach_lora(model, r=2, alpha=4, dropout=0.0, layers=[1])
+    view = attach_lora(model, r=2, alpha=4, dropout=0.0, trainable_layers=[1])
     trained = {
         name.split("h.1.")[1].split(".lora")[0] for name, p in view.named_parameters() if p.requires_grad
     }
@@ -298,7 +305,10 @@ def test_adapter_hand_over_between_stages(checkpoint, tmp_path):
     """Stage two starts from what stage one learned; both adapters on the original give the same encoder."""
     encoder = load(checkpoint)
     before = encoder.encode(TEXTS[:5])
-    stages = [(MNTP(steps=5, batch_size=8, chunk_tokens=16, **FAST)), SimCSE(steps=5, batch_size=8, **FAST)]
+    stages = [
+        MNTP(max_steps=5, batch_size=8, chunk_tokens=16, **FAST),
+        SimCSE(max_steps=5, batch_size=8, **FAST),
+    ]
     after, folders = [], []
     for stage in stages:
         folders.append(train(encoder, stage, TEXTS, tmp_path / stage.name, progress=False).adapter)
@@ -347,7 +357,7 @@ def test_merge_reports_what_bfloat16_rounds_away(checkpoint, caplog):
     shares = {}
     for dtype in (torch.float32, torch.bfloat16):
         backbone = load(checkpoint).backbone.to(dtype)
-        view = adapters.attach_lora(backbone, r=4, alpha=8, dropout=0.0)
+        view = attach_lora(backbone, r=4, alpha=8, dropout=0.0)
         torch.manual_seed(0)
         for name, parameter in view.named_parameters():
             if "lora_B" in name:
@@ -361,7 +371,7 @@ def test_merge_reports_what_bfloat16_rounds_away(checkpoint, caplog):
 
 
 def test_mntp_head_tied_and_untied(checkpoint, tied_checkpoint, tmp_path):
-    from uncausal.encoder.lm_head import find_head
+    from uncausal.encoder.training.lm_head import find_head
 
     tied = load(tied_checkpoint).backbone
     assert find_head(tied)[0] is tied.get_input_embeddings().weight
@@ -382,9 +392,9 @@ def test_mntp_head_tied_and_untied(checkpoint, tied_checkpoint, tmp_path):
 @pytest.mark.parametrize(
     ("stage", "data"),
     [
-        (MNTP(steps=9, batch_size=4, chunk_tokens=16, **FAST), TEXTS[:60]),
-        (SimCSE(steps=9, batch_size=16, **FAST), TEXTS[:60]),
-        (Contrastive(steps=9, batch_size=16, group_by_length=True, **FAST), PAIRS[:60]),
+        (MNTP(max_steps=9, batch_size=4, chunk_tokens=16, **FAST), TEXTS[:60]),
+        (SimCSE(max_steps=9, batch_size=16, **FAST), TEXTS[:60]),
+        (Contrastive(max_steps=9, batch_size=16, group_by_length=True, **FAST), PAIRS[:60]),
     ],
     ids=["mntp", "simcse", "contrastive"],
 )
@@ -420,7 +430,7 @@ def test_interrupted_run_goes_on_as_if_nothing_had_happened(
 
 
 def test_train_seed_matters(checkpoint, tmp_path):
-    stage = {"steps": 2, "batch_size": 8, **FAST}
+    stage = {"max_steps": 2, "batch_size": 8, **FAST}
     curves = [
         losses(train(load(checkpoint), SimCSE(seed=s, **stage), TEXTS, tmp_path / str(s))) for s in (1, 2)
     ]
@@ -428,9 +438,9 @@ def test_train_seed_matters(checkpoint, tmp_path):
 
 
 def test_train_refuses_a_folder_of_another_run(checkpoint, tmp_path):
-    stage = SimCSE(steps=2, batch_size=8, **FAST)
+    stage = SimCSE(max_steps=2, batch_size=8, **FAST)
     train(load(checkpoint), stage, TEXTS, tmp_path, progress=False)
-    changed = SimCSE(steps=2, batch_size=8, **{**FAST, "learning_rate": 1e-3})
+    changed = SimCSE(max_steps=2, batch_size=8, **{**FAST, "learning_rate": 1e-3})
     with pytest.raises(ValueError, match=r"differs in learning_rate \(0\.005 there, 0\.001 here\)"):
         train(load(checkpoint), changed, TEXTS, tmp_path)
     with pytest.raises(ValueError, match="differs in data"):
@@ -439,7 +449,7 @@ def test_train_refuses_a_folder_of_another_run(checkpoint, tmp_path):
 
 
 def test_checkpoints_hold_only_what_is_trained(checkpoint, tmp_path):
-    stage = SimCSE(steps=6, batch_size=8, **{**FAST, "save_every": 2})
+    stage = SimCSE(max_steps=6, batch_size=8, **{**FAST, "save_steps": 2})
     train(load(checkpoint), stage, TEXTS, tmp_path, progress=False)
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "adapter",
@@ -458,7 +468,7 @@ def test_checkpoints_hold_only_what_is_trained(checkpoint, tmp_path):
 @pytest.mark.parametrize("place", ["checkpoint", "adapter"])
 def test_full_disk_leaves_the_last_whole_save(checkpoint, tmp_path, place):
     """A limit on file size stands in for a full disk: nothing half-written, and the run goes on later."""
-    stage = SimCSE(steps=6, batch_size=8, **{**FAST, "save_every": 2, "lora_dropout": 0.0})
+    stage = SimCSE(max_steps=6, batch_size=8, **{**FAST, "save_steps": 2, "lora_dropout": 0.0})
     whole = train(load(checkpoint), stage, TEXTS, tmp_path / "whole", progress=False)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 
@@ -486,7 +496,7 @@ def test_full_disk_leaves_the_last_whole_save(checkpoint, tmp_path, place):
 def test_unwritable_folder(checkpoint, tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(OSError, match="cannot write in .*file/run: Not a directory"):
-        train(load(checkpoint), SimCSE(steps=1), TEXTS, tmp_path / "file" / "run")
+        train(load(checkpoint), SimCSE(max_steps=1), TEXTS, tmp_path / "file" / "run")
     assert (tmp_path / "file").read_text() == "in the way"
 
 
@@ -495,7 +505,7 @@ def test_failed_run_leaves_the_encoder_as_it_was(checkpoint, tmp_path):
     encoder = load(checkpoint)
     before = encoder.encode(TEXTS[:3])
     limit = encoder.max_seq_length
-    stage = SimCSE(steps=5, batch_size=8, max_length=9, **{**FAST, "lora_r": 0})
+    stage = SimCSE(max_steps=5, batch_size=8, max_length=9, **{**FAST, "lora_r": 0})
     with pytest.raises(TrainingInterrupted):
         train(encoder, stage, TEXTS, tmp_path, callbacks=[Signal(2)], progress=False)
     assert (encoder.encode(TEXTS[:3]) == before).all() and encoder.max_seq_length == limit
@@ -509,7 +519,7 @@ def test_loss_that_is_not_finite_stops_the_run(checkpoint, tmp_path):
     with pytest.raises(FloatingPointError, match="the loss is nan at step 1: lower the learning rate"):
         train(
             load(checkpoint),
-            SimCSE(steps=3, batch_size=8, **FAST),
+            SimCSE(max_steps=3, batch_size=8, **FAST),
             TEXTS,
             tmp_path,
             loss=lambda _: Broken(),
@@ -523,7 +533,7 @@ def test_loss_that_is_not_finite_stops_the_run(checkpoint, tmp_path):
 def test_train_whole_layers_without_lora(checkpoint, tmp_path):
     encoder = load(checkpoint)
     before = {name: value.clone() for name, value in encoder.state_dict().items()}
-    stage = SimCSE(steps=3, batch_size=8, layers=[3], **{**FAST, "lora_r": 0})
+    stage = SimCSE(max_steps=3, batch_size=8, trainable_layers=[3], **{**FAST, "lora_r": 0})
     result = train(encoder, stage, TEXTS, tmp_path, progress=False)
     changed = {name for name, value in encoder.state_dict().items() if not torch.equal(value, before[name])}
     assert changed and all(".layers.3." in name for name in changed)
@@ -534,9 +544,9 @@ def test_train_whole_layers_without_lora(checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["mntp", "simcse"])
-def test_gradient_checkpointing_and_micro_batches_change_no_loss(checkpoint, tmp_path, kind):
+def test_gradient_checkpointing_and_mini_batch_sizees_change_no_loss(checkpoint, tmp_path, kind):
     """GradCache and checkpointing repeat the forward pass under the same dropout; accumulation needs none."""
-    common = {"steps": 3, "batch_size": 8, **FAST, "lora_dropout": 0.0}
+    common = {"max_steps": 3, "batch_size": 8, **FAST, "lora_dropout": 0.0}
     mask = {"mask_probability": 1.0, "mask_share": 1.0, "random_share": 0.0}  # nothing left to chance
 
     def curve(name: str, **changes) -> list[float]:
@@ -550,7 +560,7 @@ def test_gradient_checkpointing_and_micro_batches_change_no_loss(checkpoint, tmp
 
     assert curve("plain") == pytest.approx(curve("checkpointed", gradient_checkpointing=True), abs=1e-4)
     still = {} if kind == "mntp" else {"attention_dropout": 0.0}
-    assert curve("still", **still) == pytest.approx(curve("micro", micro_batch=2, **still), abs=1e-4)
+    assert curve("still", **still) == pytest.approx(curve("micro", mini_batch_size=2, **still), abs=1e-4)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager", "uncausal"])
@@ -560,7 +570,7 @@ def test_bf16_products_keep_weights_and_pooling_in_float32(checkpoint, tmp_path,
     before = encoder.encode(TEXTS[:3])
     seen = set()
     encoder[1].register_forward_hook(lambda m, a, out: seen.add(out["sentence_embedding"].dtype))
-    options = {"steps": 3, "batch_size": 8, **FAST, "learning_rate": 1e-9}
+    options = {"max_steps": 3, "batch_size": 8, **FAST, "learning_rate": 1e-9}
     exact = losses(train(load(checkpoint, attention), SimCSE(**options), TEXTS, tmp_path / "32"))
     rounded = losses(
         train(encoder, SimCSE(**{**options, "bf16": True}), TEXTS, tmp_path / "16", progress=False)
@@ -580,9 +590,9 @@ def test_evaluation_during_and_after(checkpoint, tmp_path, capsys):
         torch.rand(10)  # must not disturb the run
         return {"score": len(calls)}
 
-    options = {"steps": 4, "batch_size": 8, **FAST}
+    options = {"max_steps": 4, "batch_size": 8, **FAST}
     plain = train(load(checkpoint), SimCSE(**options), TEXTS, tmp_path / "a", progress=False)
-    seen = train(load(checkpoint), SimCSE(eval_every=2, **options), TEXTS, tmp_path / "b", eval=evaluate)
+    seen = train(load(checkpoint), SimCSE(eval_steps=2, **options), TEXTS, tmp_path / "b", eval=evaluate)
     assert calls == [False, False] and seen.metrics == {"score": 2.0}
     assert [line["eval_score"] for line in seen.history if "eval_score" in line] == [1.0]
     assert losses(seen) == losses(plain)
@@ -592,7 +602,7 @@ def test_evaluation_during_and_after(checkpoint, tmp_path, capsys):
 
 def test_prompts_are_attended_but_not_pooled_in_training(checkpoint, tmp_path):
     """The loss with a prompt differs from the one without, and from the one that pools the prompt too."""
-    options = {"steps": 1, "batch_size": 8, **FAST, "lora_dropout": 0.0}
+    options = {"max_steps": 1, "batch_size": 8, **FAST, "lora_dropout": 0.0}
     prompted = Contrastive(prompts={"anchor": "the king likes "}, **options)
     curves = []
     for name, stage, pooled in (
@@ -623,7 +633,7 @@ def test_batches_are_of_one_dataset(checkpoint, tmp_path):
 
     subset = [not text.startswith("one") for text in columns["anchor"]]
     data["two"] = {k: [t for t, keep in zip(v, subset, strict=True) if keep] for k, v in columns.items()}
-    stage = Contrastive(steps=8, batch_size=8, **FAST)
+    stage = Contrastive(max_steps=8, batch_size=8, **FAST)
     train(load(checkpoint), stage, data, tmp_path, loss=Record, progress=False)
     assert set(kinds) == {0.0, 1.0}
 
@@ -644,13 +654,16 @@ def test_length_grouped_batches():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: MNTP(steps=0), r"MNTP\.steps is 0; it must be at least 1"),
+        (lambda: MNTP(max_steps=0), r"MNTP\.max_steps is 0; it must be at least 1"),
         (lambda: MNTP(mask_probability=1.5), r"mask_probability is 1\.5; it must be in \(0, 1\]"),
         (lambda: MNTP(mask_share=0.95), r"random_share is 0\.1; it must be in \[0, 0\.05\]"),
-        (lambda: SimCSE(schedule="steep"), r"schedule is 'steep'; it must be one of linear, cosine"),
         (
-            lambda: Contrastive(micro_batch=100),
-            r"micro_batch is 100; it must be a divisor of the batch size, 512",
+            lambda: SimCSE(lr_scheduler_type="steep"),
+            r"lr_scheduler_type is 'steep'; it must be one of linear, cosine",
+        ),
+        (
+            lambda: Contrastive(mini_batch_size=100),
+            r"mini_batch_size is 100; it must be a divisor of the batch size, 512",
         ),
     ],
 )
@@ -665,9 +678,9 @@ def test_stage_defaults_are_the_published_values():
     assert (mntp.mask_probability, mntp.mask_share, mntp.random_share) == (0.2, 0.8, 0.1)
     assert mntp.gradient_checkpointing and mntp.warmup_steps == 0
     assert (simcse.batch_size, simcse.learning_rate, simcse.max_length) == (128, 3e-5, 128)
-    assert (simcse.scale, simcse.attention_dropout) == (20, 0.3)
+    assert (simcse.temperature, simcse.attention_dropout) == (0.05, 0.3)
     assert (pairs.batch_size, pairs.learning_rate, pairs.warmup_steps) == (512, 2e-4, 300)
-    assert (pairs.max_length, pairs.scale) == (512, 50)
+    assert (pairs.max_length, pairs.temperature) == (512, 0.02)
     assert all((s.lora_r, s.lora_alpha, s.lora_dropout) == (16, 32, 0.05) for s in (mntp, simcse, pairs))
 
 
@@ -686,6 +699,6 @@ def test_train_needs_enough_data(checkpoint, tmp_path, stage, data, message):
 
 
 def test_training_record_is_readable(checkpoint, tmp_path):
-    train(load(checkpoint), SimCSE(steps=2, batch_size=8, **FAST), TEXTS, tmp_path, progress=False)
+    train(load(checkpoint), SimCSE(max_steps=2, batch_size=8, **FAST), TEXTS, tmp_path, progress=False)
     record = json.loads((tmp_path / "adapter" / "training.json").read_text())
     assert record["steps"] == 2 and record["tokens"] > 0 and record["seconds"] > 0

@@ -21,32 +21,34 @@ _HOME = {
     "unpack": "kernels.packing",
     "assert_bidirectional": "encoder.conversion",
     "make_bidirectional": "encoder.conversion",
-    "InfoNCELoss": "encoder.losses",
-    "masked_next_token_loss": "encoder.losses",
+    "InfoNCELoss": "encoder.training.losses",
+    "masked_next_token_loss": "encoder.training.losses",
     "Encoder": "encoder.model",
     "LatentPooling": "encoder.pooling",
     "pool_packed": "encoder.pooling",
     "l3prune": "encoder.pruning",
     "layer_losses": "encoder.pruning",
     "prune_layers": "encoder.pruning",
-    "load_recipe": "encoder.recipes",
-    "run_recipe": "encoder.recipes",
-    "MNTP": "encoder.stages",
-    "Contrastive": "encoder.stages",
-    "SimCSE": "encoder.stages",
-    "train": "encoder.training",
+    "load_recipe": "encoder.training.recipes",
+    "run_recipe": "encoder.training.recipes",
+    "MNTP": "encoder.training.stages.mntp",
+    "Contrastive": "encoder.training.stages.contrastive",
+    "SimCSE": "encoder.training.stages.simcse",
+    "train": "encoder.training.run",
 }
 __all__ = [*_HOME, "__version__"]  # pyright: ignore[reportUnsupportedDunderAll]
 
 if TYPE_CHECKING:
     from uncausal.encoder.conversion import assert_bidirectional, make_bidirectional
-    from uncausal.encoder.losses import InfoNCELoss, masked_next_token_loss
     from uncausal.encoder.model import Encoder
     from uncausal.encoder.pooling import LatentPooling, pool_packed
     from uncausal.encoder.pruning import l3prune, layer_losses, prune_layers
-    from uncausal.encoder.recipes import load_recipe, run_recipe
-    from uncausal.encoder.stages import MNTP, Contrastive, SimCSE
-    from uncausal.encoder.training import train
+    from uncausal.encoder.training.losses import InfoNCELoss, masked_next_token_loss
+    from uncausal.encoder.training.recipes import load_recipe, run_recipe
+    from uncausal.encoder.training.run import train
+    from uncausal.encoder.training.stages.contrastive import Contrastive
+    from uncausal.encoder.training.stages.mntp import MNTP
+    from uncausal.encoder.training.stages.simcse import SimCSE
     from uncausal.kernels.attention import flash_attn_func, flash_attn_varlen_func
     from uncausal.kernels.info_nce import InfoNCE, info_nce
     from uncausal.kernels.info_nce_prefixes import info_nce_prefixes

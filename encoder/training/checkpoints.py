@@ -5,13 +5,15 @@ checkpoint-N/       adapter, optimizer, schedule and random state after step N
 adapter/            the trained adapter and training.json, the log; a run that has it is finished
 """
 
+from __future__ import annotations
+
 import dataclasses
 import hashlib
 import json
 import shutil
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from accelerate import PartialState
 from datasets import DatasetDict
@@ -20,11 +22,13 @@ from safetensors import SafetensorError
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
-from uncausal.encoder.adapters import save_trainable
 from uncausal.encoder.files import staged
-from uncausal.encoder.stages import Stage
+from uncausal.encoder.training.lora import save_trainable
 
-FREE_TO_CHANGE = ("log_every", "save_every", "eval_every")
+if TYPE_CHECKING:
+    from uncausal.encoder.training.stages.base import Stage
+
+FREE_TO_CHANGE = ("logging_steps", "save_steps", "eval_steps")
 FINAL, RECORD = "adapter", "training.json"
 
 

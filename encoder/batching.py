@@ -1,0 +1,91 @@
+"""Batches of at most so many tokens, longest texts first, and the loop that encodes them.
+
+`iter_encode` is what `Encoder.encode`, corpus encoding, the index and the server have in common.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.util import batch_to_device
+from torch import Tensor
+
+WINDOW = 8192  # texts tokenised ahead of the model
+
+
+class EncodedBatch(NamedTuple):
+    """One batch that left the model.
+
+    Attributes:
+        indices: of its texts in the list that was given.
+        vectors: (len(indices), d), on the model's device.
+        token_counts: of its texts, after truncation.
+        num_truncated: texts of the window that were cut to the length limit; told with its first batch.
+    """
+
+    indices: list[int]
+    vectors: Tensor
+    token_counts: list[int]
+    num_truncated: int = 0
+
+
+@torch.inference_mode()
+def iter_encode(
+    encoder: SentenceTransformer,
+    texts: Sequence[str],
+    *,
+    prompt: str | None = None,
+    batch_tokens: int | None = None,
+    batch_size: int | None = None,
+    device: torch.device | None = None,
+) -> Iterator[EncodedBatch]:
+    """Encode texts batch by batch, without padding; the next window is tokenised meanwhile.
+
+    Args:
+        encoder: an `Encoder` that is packed.
+        texts: any number of texts; none may be empty.
+        prompt: put before every text; attended, not pooled.
+        batch_tokens: tokens a batch at most (a longer text stands alone); 1024 by default on a CPU, 16384
+            elsewhere.
+        batch_size: texts a batch at most; no limit by default.
+        device: where the model is; its own by default.
+    """
+    transformer: Any = encoder[0]
+    device = device or encoder.device
+    prompt_length = transformer._get_prompt_length(prompt) if prompt else None
+    budget = batch_tokens or (1024 if device.type == "cpu" else 16384)
+    windows = [texts[start : start + WINDOW] for start in range(0, len(texts), WINDOW)]
+    encoder.eval()
+    with ThreadPoolExecutor(max_workers=1) as ahead:
+        pending = [ahead.submit(transformer.tokenize_texts, window, prompt) for window in windows[:1]]
+        for number in range(len(windows)):
+            ids, cut = pending.pop().result()
+            pending += [
+                ahead.submit(transformer.tokenize_texts, w, prompt) for w in windows[number + 1 :][:1]
+            ]
+            for batch in token_batches([len(row) for row in ids], budget, batch_size):
+                features = transformer.collate([ids[i] for i in batch], prompt_length)
+                vectors = encoder(batch_to_device(features, device))["sentence_embedding"]
+                indices, counts = [number * WINDOW + i for i in batch], [len(ids[i]) for i in batch]
+                yield EncodedBatch(indices, vectors, counts, cut)
+                cut = 0
+
+
+def token_batches(lengths: Sequence[int], budget: int, size: int | None = None) -> list[list[int]]:
+    """Group indices, longest first, into batches of at most `budget` tokens and `size` texts.
+
+    A text longer than the budget stands alone.
+    """
+    batches: list[list[int]] = []
+    room = -1
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if lengths[index] > room or len(batches[-1]) == size:
+            batches.append([])
+            room = budget
+        batches[-1].append(index)
+        room -= lengths[index]
+    return batches

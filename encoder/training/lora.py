@@ -1,0 +1,107 @@
+"""What a stage trains: a fresh low-rank adapter, or all weights; saved and loaded as checkpoints need it."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from uncausal.encoder.adapters import check_adapter
+from uncausal.encoder.layers import decoder_layers
+
+logger = logging.getLogger(__name__)
+
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+EXTRA_FILE = "trainable.safetensors"
+
+
+def attach_lora(
+    backbone: Any,
+    *,
+    r: int,
+    alpha: int,
+    dropout: float,
+    target_modules: Sequence[str] = LORA_TARGETS,
+    trainable_layers: Sequence[int] | None = None,
+) -> PeftModel:
+    """Put a fresh low-rank adapter into the backbone, in place; everything else is frozen.
+
+    Args:
+        backbone: headless Hugging Face model; stays usable as before.
+        r: rank. alpha: the update is scaled by alpha / r. dropout: on the adapter's input.
+        target_modules: names of linear layers. The default names are Llama's; a model with other names gets
+            an adapter on every linear layer of its decoder layers.
+        trainable_layers: decoder layers to adapt, from 0; all by default. The backward pass stops
+            below the lowest.
+
+    Returns:
+        peft's view of the same backbone.
+
+    Raises:
+        ValueError: a target or a layer that the model does not have.
+    """
+    decoder = decoder_layers(backbone)
+    name = next(name for name, module in backbone.named_modules() if module is decoder)
+    linear = {
+        path.rsplit(".", 1)[-1]
+        for path, module in decoder.named_modules()
+        if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+    }
+    missing = [target for target in target_modules if target not in linear]
+    if missing and tuple(target_modules) != LORA_TARGETS:
+        raise ValueError(f"{type(backbone).__name__} has no linear layer {missing}; it has {sorted(linear)}")
+    if missing:
+        logger.info("adapting every linear layer of %s: %s", type(backbone).__name__, sorted(linear))
+    outside = [index for index in trainable_layers or () if not 0 <= index < len(decoder)]
+    if outside:
+        raise ValueError(f"layers {outside} do not exist: the model has the layers 0 to {len(decoder) - 1}")
+    config = LoraConfig(
+        r=r,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=sorted(linear) if missing else list(target_modules),
+        # Without the pattern peft wants a parent module before "layers", and a headless model has none.
+        layers_to_transform=None if trainable_layers is None else list(trainable_layers),
+        layers_pattern=None if trainable_layers is None else name.rsplit(".", 1)[-1],
+    )
+    if getattr(backbone, "peft_config", None):
+        raise ValueError("the backbone already carries an adapter: merge or unload it first")
+    return get_peft_model(backbone, config)
+
+
+def save_trainable(model: nn.Module, adapter: PeftModel | None, path: Path) -> None:
+    """Save the adapter in peft's format, and what else is trained: a pooling layer, or all without LoRA."""
+    path.mkdir(parents=True, exist_ok=True)
+    if adapter is not None:
+        adapter.save_pretrained(str(path))
+        (path / "README.md").unlink(missing_ok=True)  # peft's empty model card
+    extra = {
+        name: parameter.detach().cpu().contiguous()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and "lora_" not in name
+    }
+    if extra:
+        save_file(extra, path / EXTRA_FILE)
+
+
+def load_trainable(model: nn.Module, adapter: PeftModel | None, path: Path) -> None:
+    """Load what `save_trainable` wrote into a model prepared in the same way.
+
+    Raises:
+        ValueError: the tensors are not those of this model; the message names one.
+    """
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad and "lora_" not in name}
+    extra = load_file(path / EXTRA_FILE) if (path / EXTRA_FILE).exists() else {}
+    if extra.keys() != trained.keys():
+        odd = sorted(extra.keys() ^ trained.keys())[0]
+        raise ValueError(f"{path}: {odd!r} is trained here or saved there, but not both")
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            parameter.copy_(extra[name])
+    if adapter is not None:
+        check_adapter(adapter.get_base_model(), path)
+        adapter.load_adapter(str(path), "default", is_trainable=True)

@@ -1,0 +1,204 @@
+"""Turns a converted model into an encoder in stages: masked next token prediction, SimCSE, contrastive pairs.
+
+Each stage trains a fresh low-rank adapter on the headless backbone and merges it before the next one. `train`
+runs one stage; what is particular to a stage stands in its file in `stages/`.
+"""
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from sentence_transformers import SentenceTransformer
+from transformers import TrainerCallback, set_seed
+from transformers.trainer_callback import PrinterCallback
+
+from uncausal.encoder.adapters import merge_lora, unload_lora
+from uncausal.encoder.layers import decoder_layers
+from uncausal.encoder.training.checkpoints import (
+    FINAL,
+    RECORD,
+    checkpoints,
+    describe,
+    open_run,
+    save_final,
+    step_of,
+)
+from uncausal.encoder.training.lora import attach_lora, load_trainable
+from uncausal.encoder.training.progress import Progress, StopOnSignal, TrainingInterrupted
+from uncausal.encoder.training.stages.base import LossFactory, Stage
+from uncausal.encoder.training.trainer import Evaluate, StageTrainer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class TrainResult:
+    """What a stage did.
+
+    Attributes:
+        steps, tokens, seconds: of this call; 0 where a finished stage was found and merged.
+        history: the logged lines, each with step, loss, learning_rate and tokens_per_second.
+        metrics: what `eval` returned at the end.
+        adapter: the folder of the saved adapter.
+        lost_in_merge: share of the update rounded away by the weights' dtype.
+    """
+
+    steps: int
+    tokens: int
+    seconds: float
+    history: list[dict[str, Any]]
+    metrics: dict[str, float]
+    adapter: Path
+    lost_in_merge: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+
+def train(
+    encoder: SentenceTransformer,
+    stage: Stage,
+    data: Any,
+    output_dir: str | Path,
+    resume: bool = True,
+    eval: Callable[[SentenceTransformer], Mapping[str, float]] | None = None,
+    *,
+    loss: LossFactory | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+    progress: bool = True,
+) -> TrainResult:
+    """Run one stage and merge its adapter into the encoder, in place.
+
+    Args:
+        encoder: `Encoder` or any SentenceTransformer whose first module holds a headless decoder.
+        stage: `MNTP`, `SimCSE` or `Contrastive` with its hyperparameters.
+        data: for MNTP and SimCSE texts or a source for `read_texts`; for Contrastive a source for
+            `read_pairs`, rows, columns, a `datasets.Dataset`, or a dict of columns or Datasets (each batch is
+            of one of them).
+        output_dir: receives checkpoints while training and `adapter/` at the end.
+        resume: go on from the last checkpoint in `output_dir`, or merge the finished adapter found there.
+            False starts afresh and removes both.
+        eval: called with the encoder at the end, and every `stage.eval_steps` steps; its figures are logged.
+        loss: makes another loss than InfoNCE for SimCSE and Contrastive.
+        callbacks: further Trainer callbacks.
+        progress: show a progress bar, or lines where there is no terminal.
+
+    Returns:
+        Steps, tokens, time, log and metrics.
+
+    Raises:
+        ValueError: `output_dir` holds a run with other settings or of another model, or data are too few.
+        OSError: `output_dir` cannot be written; the last whole checkpoint stays.
+        TrainingInterrupted: Ctrl-C; a checkpoint was written and the same call goes on from it.
+        FloatingPointError: the loss became infinite or NaN.
+    """
+    run = Path(output_dir)
+    set_seed(stage.seed)
+    dataset = stage.prepare(encoder, data)
+    open_run(run, describe(encoder, stage, dataset), resume)
+    with _trainable(encoder, stage) as adapter:
+        if (run / FINAL).exists():
+            logger.info("%s: already trained, merging %s", stage.name, run / FINAL)
+            load_trainable(encoder, adapter, run / FINAL)
+            record = json.loads((run / FINAL / RECORD).read_text())
+            record.update(steps=0, tokens=0, seconds=0.0)
+        else:
+            with stage.conditions(encoder):
+                trainer = stage.make_trainer(encoder, dataset, run, loss)
+                trainer.adapter, trainer.trained = adapter, encoder
+                if eval is not None and stage.eval_steps:
+                    trainer.add_callback(Evaluate(trainer, encoder, eval, stage.eval_steps))
+                for callback in callbacks:
+                    trainer.add_callback(callback)
+                record = _run(trainer, stage, run, progress)
+            save_final(encoder, adapter, run, record)
+        lost = merge_lora(adapter) if adapter is not None else 0.0
+    encoder.eval()
+    metrics = {} if eval is None else {name: float(value) for name, value in eval(encoder).items()}
+    return TrainResult(**record, metrics=metrics, adapter=run / FINAL, lost_in_merge=lost)
+
+
+@contextmanager
+def _trainable(encoder: SentenceTransformer, stage: Stage) -> Iterator[PeftModel | None]:
+    """Freeze all but what the stage trains; if the block fails, the encoder's weights are as before."""
+    backbone: Any = encoder[0].auto_model  # type: ignore[union-attr]
+    flags = [(parameter, parameter.requires_grad) for parameter in encoder.parameters()]
+    for parameter, _ in flags:
+        parameter.requires_grad_(False)
+    adapter = None
+    if stage.lora_r:
+        adapter = attach_lora(
+            backbone,
+            r=stage.lora_r,
+            alpha=stage.lora_alpha,
+            dropout=stage.lora_dropout,
+            target_modules=stage.lora_targets,
+            trainable_layers=stage.trainable_layers,
+        )
+    else:
+        layers = decoder_layers(backbone)
+        for index in range(len(layers)) if stage.trainable_layers is None else stage.trainable_layers:
+            layers[index].requires_grad_(True)
+    inside = {id(parameter) for parameter in backbone.parameters()}
+    if stage.trains_pooling:
+        for parameter, flag in flags:
+            if id(parameter) not in inside:
+                parameter.requires_grad_(flag)
+    before = [(p, p.detach().clone()) for p, _ in flags if p.requires_grad]
+    try:
+        yield adapter
+    except BaseException:
+        if adapter is not None:
+            unload_lora(adapter)
+        with torch.no_grad():
+            for parameter, value in before:
+                parameter.copy_(value)
+        raise
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag).grad = None
+
+
+def _run(trainer: StageTrainer, stage: Stage, run: Path, progress: bool) -> dict[str, Any]:
+    """Train to the end, or write a checkpoint and raise TrainingInterrupted."""
+    stop, bar = StopOnSignal(), Progress(stage.name)
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(stop)
+    if progress:
+        trainer.add_callback(bar)
+    last = next(reversed(checkpoints(run)), None)
+    started, tokens, first = time.perf_counter(), trainer.tokens, 0 if last is None else step_of(last)
+    if last is not None and first >= stage.max_steps:  # stopped after the last checkpoint, before the adapter
+        trainer._load_from_checkpoint(str(last))
+        history = json.loads((last / "trainer_state.json").read_text())["log_history"]
+        return {"steps": 0, "tokens": 0, "seconds": 0.0, "history": history}
+    if last is not None:
+        logger.info("%s: resuming from %s", stage.name, last)
+    try:
+        with stop.listening():
+            trainer.train(resume_from_checkpoint=None if last is None else str(last))
+    finally:
+        bar.close()
+    step = trainer.state.global_step
+    if step < stage.max_steps:
+        message = (
+            f"{stage.name} stopped at step {step} of {stage.max_steps}: the same call or command "
+            f"resumes {run}"
+        )
+        print(message, file=sys.stderr, flush=True)
+        raise TrainingInterrupted(message)
+    return {
+        "steps": step - first,
+        "tokens": trainer.tokens - tokens,
+        "seconds": time.perf_counter() - started,
+        "history": trainer.state.log_history,
+    }

@@ -1,0 +1,207 @@
+"""What all stages have in common: hyperparameters, and what each must say of its data, trainer and loss.
+
+Defaults are LLM2Vec's (arXiv 2404.05961 and its published configurations) unless a stage says otherwise.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from datasets import DatasetDict
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
+from sentence_transformers.base.training_args import BatchSamplers
+from torch import nn
+
+from uncausal.encoder.loading import resolve_dtype
+from uncausal.encoder.training.lora import LORA_TARGETS
+from uncausal.encoder.training.losses import InfoNCELoss
+from uncausal.encoder.training.samplers import LengthGrouped
+from uncausal.encoder.training.trainer import PairTrainer, StageTrainer, autocast_forward
+
+LossFactory = Callable[[SentenceTransformer], nn.Module]
+SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt")
+
+
+@dataclass(kw_only=True)
+class Stage:
+    """What all stages have in common; each kind of stage is a subclass in a file of its own.
+
+    Args:
+        max_steps, learning_rate, warmup_steps, lr_scheduler_type, weight_decay, max_grad_norm, seed,
+            logging_steps, save_steps, eval_steps: as in the Trainer; eval_steps=0 evaluates only at the end.
+        batch_size: per process.
+        lora_r, lora_alpha, lora_dropout, lora_targets: the adapter; lora_r=0 trains all their weights.
+        trainable_layers: decoder layers to train, from 0; all by default. The backward pass
+            stops below the lowest.
+        bf16: matrix products in bfloat16; "auto" where the hardware has it. Weights keep their dtype.
+        gradient_checkpointing: keep no activations but one per layer.
+        mini_batch_size: chunks or pairs in memory at once; the loss is that of the whole batch all the same,
+            by accumulation in MNTP and by GradCache (arXiv 2101.06983) in the others. All of them by default.
+    """
+
+    max_steps: int = 1000
+    batch_size: int = 32
+    learning_rate: float = 5e-5
+    warmup_steps: int = 0
+    lr_scheduler_type: str = "linear"
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    lora_r: int = 16
+    lora_alpha: int = 32
+    lora_dropout: float = 0.05
+    lora_targets: Sequence[str] = LORA_TARGETS
+    trainable_layers: Sequence[int] | None = None
+    bf16: bool | Literal["auto"] = "auto"
+    gradient_checkpointing: bool = False
+    mini_batch_size: int | None = None
+    seed: int = 42
+    logging_steps: int = 10
+    save_steps: int = 200
+    eval_steps: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("max_steps", "batch_size", "logging_steps", "save_steps"):
+            self._require(name, getattr(self, name) >= 1, "at least 1")
+        for name in ("warmup_steps", "lora_r", "eval_steps", "weight_decay"):
+            self._require(name, getattr(self, name) >= 0, "at least 0")
+        self._require("learning_rate", self.learning_rate > 0, "above 0")
+        self._require("lora_dropout", 0 <= self.lora_dropout < 1, "in [0, 1)")
+        divides = self.mini_batch_size is None or (
+            self.mini_batch_size > 0 and self.batch_size % self.mini_batch_size == 0
+        )
+        self._require("mini_batch_size", divides, f"a divisor of the batch size, {self.batch_size}")
+        known = self.lr_scheduler_type in SCHEDULES
+        self._require("lr_scheduler_type", known, f"one of {', '.join(SCHEDULES)}")
+
+    def _require(self, name: str, holds: bool, wanted: str) -> None:
+        if not holds:
+            raise ValueError(f"{type(self).__name__}.{name} is {getattr(self, name)!r}; it must be {wanted}")
+
+    @property
+    def name(self) -> str:
+        return type(self).__name__.lower()
+
+    trains_pooling: ClassVar[bool] = True
+
+    def prepare(self, encoder: SentenceTransformer, data: Any) -> Any:
+        """Turn what the user gave into the dataset that the trainer takes; see the stage for its forms."""
+        raise NotImplementedError
+
+    def make_trainer(
+        self, encoder: SentenceTransformer, dataset: Any, run: Path, loss: LossFactory | None
+    ) -> StageTrainer:
+        """Return the Trainer of this stage, its checkpoints going to the folder `run`."""
+        raise NotImplementedError
+
+    @contextmanager
+    def conditions(self, encoder: SentenceTransformer) -> Iterator[None]:
+        """Precision and checkpointing for the time of the stage."""
+        backbone: Any = encoder[0].auto_model  # type: ignore[union-attr]
+        with ExitStack() as stack:
+            stack.callback(encoder.train, encoder.training)
+            if self.gradient_checkpointing:
+                new = hasattr(backbone, "activation_checkpointing_enable")  # the name since transformers 5.2x
+                name = "activation_checkpointing" if new else "gradient_checkpointing"
+                getattr(backbone, f"{name}_enable")({"use_reentrant": False})
+                stack.callback(getattr(backbone, f"{name}_disable"))
+            stack.enter_context(autocast_forward(backbone, self.in_bf16(backbone)))
+            yield
+
+    def in_bf16(self, backbone: Any) -> bool:
+        """Whether matrix products run in bfloat16."""
+        if self.bf16 == "auto":
+            return resolve_dtype("auto", backbone.device.type) == torch.bfloat16
+        return self.bf16
+
+    def trainer_options(self, backbone: Any, run: Path, rows: int, micro_batch: int) -> dict[str, Any]:
+        """The Trainer's arguments that all stages share; `rows` of data, `micro_batch` of them at a time."""
+        return {
+            "output_dir": str(run),
+            "max_steps": self.max_steps,
+            "per_device_train_batch_size": micro_batch,
+            "gradient_accumulation_steps": self.batch_size // micro_batch,
+            "learning_rate": self.learning_rate,
+            "warmup_steps": self.warmup_steps,
+            "lr_scheduler_type": self.lr_scheduler_type,
+            "weight_decay": self.weight_decay,
+            "max_grad_norm": self.max_grad_norm,
+            "logging_steps": self.logging_steps,
+            "logging_nan_inf_filter": False,
+            "save_steps": self.save_steps,
+            "seed": self.seed,
+            "report_to": "none",
+            "disable_tqdm": True,
+            "use_cpu": backbone.device.type == "cpu",
+            "dataloader_pin_memory": backbone.device.type == "cuda",
+            "dataloader_drop_last": rows >= micro_batch,
+        }
+
+
+@dataclass(kw_only=True)
+class PairStage(Stage):
+    """A stage on sentence-transformers' trainer: columns of texts, and a loss of their embeddings.
+
+    Args:
+        max_length: tokens; longer texts are cut.
+        temperature: divides cosine similarities.
+        group_by_length: batches of similar length, for padded execution.
+    """
+
+    max_length: int = 512
+    temperature: float = 0.05
+    group_by_length: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require("max_length", self.max_length >= 1, "at least 1")
+        self._require("temperature", self.temperature > 0, "above 0")
+
+    @contextmanager
+    def conditions(self, encoder: SentenceTransformer) -> Iterator[None]:
+        """As `Stage.conditions`, with the length limit."""
+        limit = encoder.max_seq_length
+        encoder.max_seq_length = self.max_length if limit is None else min(limit, self.max_length)
+        try:
+            with super().conditions(encoder):
+                yield
+        finally:
+            encoder.max_seq_length = limit
+
+    def make_loss(self, encoder: SentenceTransformer) -> nn.Module:
+        """Return the loss of a batch's columns."""
+        return InfoNCELoss(
+            encoder,
+            temperature=self.temperature,
+            mini_batch_size=self.mini_batch_size,
+            gather_across_devices=True,
+        )
+
+    def make_trainer(
+        self,
+        encoder: SentenceTransformer,
+        dataset: Any,
+        run: Path,
+        loss: LossFactory | None,
+        **arguments: Any,
+    ) -> StageTrainer:
+        """As `Stage.make_trainer`; `arguments` are the Trainer's own."""
+        backbone: Any = encoder[0].auto_model  # type: ignore[union-attr]
+        rows = min(map(len, dataset.values())) if isinstance(dataset, DatasetDict) else len(dataset)
+        options: dict[str, Any] = {
+            "batch_sampler": LengthGrouped if self.group_by_length else BatchSamplers.BATCH_SAMPLER,
+            **self.trainer_options(backbone, run, rows, self.batch_size),
+            **arguments,
+        }
+        collator = options.pop("data_collator", None)
+        args = SentenceTransformerTrainingArguments(**options)
+        args._n_gpu = min(args.n_gpu, 1)
+        return PairTrainer(
+            model=encoder,
+            args=args,
+            train_dataset=dataset,
+            loss=(loss or self.make_loss)(encoder),
+            data_collator=collator,
+        )

@@ -1,0 +1,178 @@
+"""Masked next token prediction: a masked token is predicted from the position before it (LLM2Vec, 2.2)."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+import torch
+from sentence_transformers import SentenceTransformer
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import TrainingArguments
+
+from uncausal.encoder import attention as packed_attention
+from uncausal.encoder.data.texts import chunk_texts, read_texts
+from uncausal.encoder.training.lm_head import find_head
+from uncausal.encoder.training.losses import masked_next_token_loss
+from uncausal.encoder.training.masking import mask_tokens
+from uncausal.encoder.training.stages.base import LossFactory, Stage
+from uncausal.encoder.training.trainer import StageTrainer
+
+
+@dataclass(kw_only=True)
+class MNTP(Stage):
+    """Masked next token prediction on running text.
+
+    The defaults are those of S-LLaMA-1.3B, Llama-2-7B and Llama-3-8B; `MNTP.mistral()` has the other row.
+
+    Args:
+        chunk_tokens: texts are joined and cut into chunks of this length, without padding.
+        mask_probability: that a token is chosen.
+        mask_share, random_share: of the chosen tokens become the mask token, a random one; the rest stay.
+        mask_token: by default the tokenizer's, or "_" where it has none.
+        head: checkpoint with the language model's head, if the weights are not tied and the model was not
+            loaded from it.
+    """
+
+    gradient_checkpointing: bool = True
+    chunk_tokens: int = 512
+    mask_probability: float = 0.2
+    mask_share: float = 0.8
+    random_share: float = 0.1
+    mask_token: str | None = None
+    head: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require("chunk_tokens", self.chunk_tokens >= 2, "at least 2")
+        self._require("mask_probability", 0 < self.mask_probability <= 1, "in (0, 1]")
+        self._require("mask_share", 0 <= self.mask_share <= 1, "in [0, 1]")
+        rest = 1 - self.mask_share
+        self._require("random_share", 0 <= self.random_share <= rest + 1e-9, f"in [0, {rest:g}]")
+
+    @classmethod
+    def mistral(cls, **changes: Any) -> "MNTP":
+        """The paper's setting for Mistral-7B: 80 % of the tokens chosen, all of them masked."""
+        return cls(**{"mask_probability": 0.8, "mask_share": 1.0, "random_share": 0.0, **changes})
+
+    trains_pooling: ClassVar[bool] = False
+
+    def prepare(self, encoder: SentenceTransformer, data: Any) -> Tensor:
+        """Chunks (n, chunk_tokens) int32, of texts or of a source for `read_texts`."""
+        texts = read_texts(data) if isinstance(data, str | Path) else data
+        limit = self.max_steps * self.batch_size
+        return chunk_texts(texts, encoder.tokenizer, self.chunk_tokens, limit=limit, seed=self.seed)
+
+    def make_trainer(
+        self, encoder: SentenceTransformer, dataset: Any, run: Path, loss: LossFactory | None
+    ) -> StageTrainer:
+        backbone: Any = encoder[0].auto_model  # type: ignore[union-attr]
+        options = self.trainer_options(backbone, run, len(dataset), self.mini_batch_size or self.batch_size)
+        args = TrainingArguments(**options, remove_unused_columns=False)
+        args._n_gpu = min(args.n_gpu, 1)
+        weight, bias = find_head(backbone, self.head)
+        if self.in_bf16(backbone):  # once, and not at every step by autocast: the head is frozen
+            weight, bias = weight.bfloat16(), None if bias is None else bias.bfloat16()
+        collate, chunks = cast(Any, stack_chunks), Chunks(cast(Tensor, dataset))
+        trainer = MaskedTrainer(MaskedNextToken(backbone, weight, bias), args, collate, chunks)
+        trainer.mask = self.mask_settings(encoder.tokenizer, backbone)
+        return trainer
+
+    def mask_settings(self, tokenizer: Any, backbone: Any) -> dict[str, Any]:
+        """The arguments of `mask_tokens` but for the tokens themselves."""
+        token = self.mask_token or tokenizer.mask_token or "_"
+        mask_id = tokenizer.convert_tokens_to_ids(token)
+        if mask_id is None or mask_id == tokenizer.unk_token_id:
+            raise ValueError(
+                f"the tokenizer has no token {token!r} to mask with: choose MNTP(mask_token=...)"
+            )
+        vocab_size = min(len(tokenizer), backbone.config.get_text_config().vocab_size)
+        return {
+            "probability": self.mask_probability,
+            "mask_share": self.mask_share,
+            "random_share": self.random_share,
+            "mask_id": mask_id,
+            "vocab_size": vocab_size,
+            "special_ids": torch.tensor(
+                sorted(set(tokenizer.all_special_ids) - {mask_id}), device=backbone.device
+            ),
+        }
+
+
+class MaskedNextToken(nn.Module):
+    """The headless backbone, the frozen head beside it, and the loss of the masked tokens.
+
+    Args:
+        backbone: headless Hugging Face model.
+        head: (V, d) weight of the language model's head. Not trained, not registered: a tied head is the
+            backbone's own embedding.
+        bias: (V,) or None.
+    """
+
+    def __init__(self, backbone: Any, head: Tensor, bias: Tensor | None = None):
+        super().__init__()
+        self.backbone = backbone
+        self._head = (head.detach(), bias)
+        config = backbone.config
+        self.logit_scale = getattr(config, "logit_scale", None) or 1 / getattr(config, "logits_scaling", 1)
+        self.softcap = getattr(config, "final_logit_softcapping", None)
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Return {"loss": mean} of masked input_ids (B, L); labels (B, L) hold the true ids, or -100."""
+        rows, length = input_ids.shape
+        kwargs: dict[str, Any] = {"input_ids": input_ids}
+        if self.backbone.config._attn_implementation == packed_attention.NAME:
+            device = input_ids.device
+            ends = torch.arange(0, rows * length + 1, length, dtype=torch.int32, device=device)
+            kwargs = {
+                "input_ids": input_ids.reshape(1, -1),
+                "position_ids": torch.arange(length, device=device).repeat(rows)[None],
+                "cu_seq_lens_q": ends,
+                "cu_seq_lens_k": ends,
+                "max_length_q": length,
+                "max_length_k": length,
+            }
+        hidden = self.backbone(**kwargs, use_cache=False).last_hidden_state.view(rows, length, -1)
+        weight, bias = self._head
+        loss = masked_next_token_loss(
+            hidden.to(weight.dtype),
+            labels,
+            weight,
+            lm_head_bias=bias,
+            logit_scale=self.logit_scale,
+            softcap=self.softcap,
+        )
+        return {"loss": loss}
+
+
+class MaskedTrainer(StageTrainer):
+    """Trains a `MaskedNextToken`; the mask is drawn in the step, when a resumed run has its random state."""
+
+    mask: dict[str, Any]
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        masked, labels = mask_tokens(inputs["input_ids"], **self.mask)
+        return super().compute_loss(
+            model, {"input_ids": masked, "labels": labels}, return_outputs=return_outputs, **kwargs
+        )
+
+
+class Chunks(Dataset):
+    """Rows of a (n, L) tensor, a batch of which is fetched at once."""
+
+    def __init__(self, chunks: Tensor):
+        self.chunks = chunks
+
+    def __len__(self) -> int:
+        return len(self.chunks)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.chunks[index]
+
+    def __getitems__(self, indices: list[int]) -> Tensor:
+        return self.chunks[indices]
+
+
+def stack_chunks(rows: Tensor) -> dict[str, Tensor]:
+    """The collator of `Chunks`."""
+    return {"input_ids": rows.long()}

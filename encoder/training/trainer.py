@@ -1,0 +1,159 @@
+"""What `train` changes in Hugging Face's Trainer, for every stage.
+
+It saves only what is trained, swaps checkpoints in whole, counts real tokens and stops on a loss that is not
+finite.
+"""
+
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors import SafetensorError
+from sentence_transformers import SentenceTransformerTrainer
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from uncausal.encoder import attention as packed_attention
+from uncausal.encoder.training.checkpoints import checkpoints
+from uncausal.encoder.training.lora import load_trainable, save_trainable
+
+KEPT_CHECKPOINTS = 2
+
+
+class StageTrainer(Trainer):
+    """A Trainer whose checkpoints hold the trained tensors alone and appear whole or not at all."""
+
+    adapter: PeftModel | None = None
+    trained: nn.Module  # the module whose trained tensors are saved
+    tokens = 0
+    _since: tuple[int, float] | None = None
+    _staging: Path | None = None
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        if self._since is None:
+            self._since = (self.tokens, time.perf_counter())
+        self.tokens += count_tokens(inputs)
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs:
+            if not math.isfinite(logs["loss"]):
+                raise FloatingPointError(
+                    f"the loss is {logs['loss']} at step {self.state.global_step}: lower the learning rate"
+                )
+            if self._since is not None:
+                tokens, start = self._since
+                logs["tokens_per_second"] = (self.tokens - tokens) / (time.perf_counter() - start)
+                self._since = None
+        super().log(logs, *args, **kwargs)
+
+    def leave_out(self, seconds: float) -> None:
+        """Take time that was no training out of the throughput."""
+        if self._since is not None:
+            tokens, start = self._since
+            self._since = (tokens, start + seconds)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        save_trainable(self.trained, self.adapter, Path(output_dir or str(self.args.output_dir)))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        load_trainable(self.trained, self.adapter, Path(resume_from_checkpoint))
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._staging or self.args.output_dir)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        run = Path(str(self.args.output_dir))
+        # One name for all processes of the run, each of which writes its random state there.
+        self._staging = run / f".saving-{self.state.global_step}"
+        try:
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                name = f"checkpoint-{self.state.global_step}"
+                shutil.rmtree(run / name, ignore_errors=True)
+                (self._staging / name).rename(run / name)
+                for old in checkpoints(run)[:-KEPT_CHECKPOINTS]:
+                    shutil.rmtree(old, ignore_errors=True)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            kept = [str(path) for path in checkpoints(run)[-1:]] or ["there is none yet"]
+            raise OSError(
+                f"could not write a checkpoint in {run} ({error}). Make room and run the same again: it goes "
+                f"on from the last whole checkpoint ({kept[0]})."
+            ) from error
+        finally:
+            shutil.rmtree(self._staging, ignore_errors=True)
+            self._staging = None
+
+
+def count_tokens(inputs: dict[str, Any]) -> int:
+    """Real tokens of a batch: what the masks admit, or every id where no mask stands beside the ids."""
+    total = 0
+    for name, value in inputs.items():
+        if name.endswith("input_ids"):
+            mask = inputs.get(name.removesuffix("input_ids") + "attention_mask")
+            total += int(mask.sum()) if mask is not None else value.numel()
+    return total
+
+
+@contextmanager
+def autocast_forward(backbone: Any, enabled: bool) -> Iterator[None]:
+    """Run the backbone's matrix products in bfloat16 for a while; pooling and loss stay in float32."""
+    if not enabled:
+        yield
+        return
+    original, attend = backbone.forward, packed_attention.uncausal_attention
+    device = next(backbone.parameters()).device.type
+
+    def attend_in_bf16(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        # Rotary embedding leaves queries and keys in float32; torch casts other attentions itself. Inside,
+        # autocast would take the softmax out of the float32 that the operator asks for.
+        with torch.autocast(device, enabled=False):
+            return attend(module, query.bfloat16(), key.bfloat16(), value.bfloat16(), *args, **kwargs)
+
+    @wraps(original)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(device, dtype=torch.bfloat16):
+            return original(*args, **kwargs)
+
+    backbone.forward = forward
+    ALL_ATTENTION_FUNCTIONS[packed_attention.NAME] = attend_in_bf16
+    try:
+        yield
+    finally:
+        del backbone.forward
+        del ALL_ATTENTION_FUNCTIONS[packed_attention.NAME]  # uncovers the registered function
+
+
+class Evaluate(TrainerCallback):
+    """Evaluates during training, without touching its random state or its throughput."""
+
+    def __init__(self, trainer: StageTrainer, encoder: Any, function: Callable[[Any], Any], every: int):
+        self.trainer, self.encoder, self.function, self.every = trainer, encoder, function, every
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step % self.every or state.global_step >= state.max_steps:
+            return
+        started = time.perf_counter()
+        self.encoder.eval()
+        with torch.random.fork_rng():
+            metrics = self.function(self.encoder)
+        self.encoder.train()
+        self.trainer.leave_out(time.perf_counter() - started)
+        should_log = control.should_log
+        self.trainer.log({f"eval_{name}": float(value) for name, value in metrics.items()})
+        control.should_log = should_log  # logging clears it, and this step may have a loss to log
+
+
+class PairTrainer(StageTrainer, SentenceTransformerTrainer):  # type: ignore[misc]
+    """sentence-transformers' trainer with this package's checkpoints."""
