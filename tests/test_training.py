@@ -674,7 +674,7 @@ def test_stage_refuses_impossible_settings(make, message):
 
 def test_stage_defaults_are_the_published_values():
     mntp, simcse, pairs = MNTP(), SimCSE(), Contrastive()
-    assert (mntp.steps, mntp.batch_size, mntp.learning_rate, mntp.chunk_tokens) == (1000, 32, 5e-5, 512)
+    assert (mntp.max_steps, mntp.batch_size, mntp.learning_rate, mntp.chunk_tokens) == (1000, 32, 5e-5, 512)
     assert (mntp.mask_probability, mntp.mask_share, mntp.random_share) == (0.2, 0.8, 0.1)
     assert mntp.gradient_checkpointing and mntp.warmup_steps == 0
     assert (simcse.batch_size, simcse.learning_rate, simcse.max_length) == (128, 3e-5, 128)
