@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from uncausal.kernels import attention_torch, attention_triton
+from uncausal.kernels import attention_cpu, attention_torch, attention_triton
 from uncausal.kernels.attention_dropout import dropout_keep, dropout_threshold
 from uncausal.kernels.attention_torch import Options, plan_batch
 from uncausal.kernels.launch import resolve_backend
@@ -27,7 +27,12 @@ def _torch_arguments(q, k, cu_seqlens_q, cu_seqlens_k, seed, options: Options, d
     heads = k.shape[1]
     direct = direct and q.device.type == "cpu" and options[1:5] == (-1, -1, 0, 0)
     cu_q, cu_k = tuple(cu_seqlens_q.tolist()), tuple(cu_seqlens_k.tolist())
-    plan = plan_batch(cu_q, cu_k, heads, q.shape[1] // heads, direct, q.device)
+    compiled = (
+        q.device.type == "cpu"
+        and q.dtype in (torch.float32, torch.bfloat16)
+        and attention_cpu.library() is not None
+    )
+    plan = plan_batch(cu_q, cu_k, heads, q.shape[1] // heads, direct, compiled, q.device)
     return plan, options._replace(seed=0 if seed is None else int(seed))
 
 
@@ -42,7 +47,8 @@ def _flash_attn_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, seed, maps, *rest):
     if backend == "triton":
         return attention_triton.attention_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, seed, maps, options)
     arguments = _torch_arguments(q, k, cu_seqlens_q, cu_seqlens_k, seed, options, True)
-    return attention_torch.attention_forward(q, k, v, *arguments)
+    with torch.autocast(q.device.type, enabled=False):  # its products are fp32 whatever the model's are
+        return attention_torch.attention_forward(q, k, v, *arguments)
 
 
 @_flash_attn_varlen.register_fake
@@ -66,7 +72,8 @@ def _flash_attn_varlen_backward(dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_
             dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, seed, maps, options
         )
     arguments = _torch_arguments(q, k, cu_seqlens_q, cu_seqlens_k, seed, options, dlse is None)
-    return attention_torch.attention_backward(dout, dlse, q, k, v, out, lse, *arguments)
+    with torch.autocast(q.device.type, enabled=False):
+        return attention_torch.attention_backward(dout, dlse, q, k, v, out, lse, *arguments)
 
 
 @_flash_attn_varlen_backward.register_fake
@@ -120,7 +127,7 @@ def flash_attn_varlen_func(
     """Attend within each sequence of a packed batch, in both directions unless a window says otherwise.
 
     Args:
-        q: (T, H, D) packed queries, fp16, bf16 or fp32 (fp64 on the torch backend).
+        q: (T, H, D) packed queries, fp16, bf16 or fp32 (fp64 on the torch backend); autocast casts q, k, v.
         k, v: (Tk, HK, D) packed keys and values; H is a multiple of HK.
         cu_seqlens_q, cu_seqlens_k: (B + 1,) int32 offsets of the sequences, from 0 to T and Tk.
         max_seqlen_q, max_seqlen_k: accepted for compatibility; nothing needs them.
@@ -153,6 +160,7 @@ def flash_attn_varlen_func(
         raise NotImplementedError("alibi_slopes is not supported")
     if block_table is not None:
         raise NotImplementedError("block_table is not supported")
+    q, k, v = (_autocast(x) for x in (q, k, v))
     _check_tensors(q, k, v, cu_seqlens_q, cu_seqlens_k)
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
@@ -229,6 +237,14 @@ def flash_attn_func(
     )
     out = out.view(q.shape)
     return (out, lse.unflatten(1, (batch, -1)).transpose(0, 1), None) if return_attn_probs else out
+
+
+def _autocast(x: Tensor) -> Tensor:
+    """Cast as autocast does for torch's own attention: rotary embeddings leave q and k in fp32, v is bf16."""
+    device = x.device.type
+    if x.dtype == torch.float64 or not x.is_floating_point() or not torch.is_autocast_enabled(device):
+        return x
+    return x.to(torch.get_autocast_dtype(device))
 
 
 def _layouts(layout, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, q: Tensor, k: Tensor):

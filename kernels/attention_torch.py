@@ -15,9 +15,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from uncausal.kernels import attention_cpu
 from uncausal.kernels.attention_dropout import dropout_keep, dropout_threshold
 
 BLOCK_SCORES = 1 << 17  # half a MB in fp32, with its gradient the second-level cache of one core
+COMPILED_LENGTH = 128  # tokens; longer sequences go to torch's kernel where it can compute them
 DIRECT_LENGTH = 32  # tokens; longer sequences go to torch's kernel, and buckets of few: bench/NOTES.md
 BUCKET_SIZE = 12  # sequences
 BUCKET_SCORES = 1 << 15  # padding that costs as much as the calls for one more bucket
@@ -63,8 +65,19 @@ class Bucket(NamedTuple):
     k: Side
 
 
+class Compiled(NamedTuple):
+    """Sequences that the compiled kernel computes."""
+
+    cu_q: Tensor  # (B + 1,) int32
+    cu_k: Tensor
+    sequences: Tensor  # (n,) int32
+    longest_k: int
+
+
 class Plan(NamedTuple):
-    """Which sequences are computed alone, and which together."""
+    """Which sequences are computed by the compiled kernel, which alone by torch's, and which together."""
+
+    compiled: Compiled | None
 
     sizes_q: list[int]
     sizes_k: list[int]
@@ -78,9 +91,24 @@ class Plan(NamedTuple):
 
 @lru_cache(maxsize=32)
 def plan_batch(
-    cu_q: tuple[int, ...], cu_k: tuple[int, ...], heads: int, group: int, direct: bool, device: torch.device
+    cu_q: tuple[int, ...],
+    cu_k: tuple[int, ...],
+    heads: int,
+    group: int,
+    direct: bool,
+    compiled: bool,
+    device: torch.device,
 ) -> Plan:
     """Sort the sequences of a batch; every layer finds the same plan again."""
+    sizes_q, sizes_k = ([b - a for a, b in zip(cu, cu[1:], strict=False)] for cu in (cu_q, cu_k))
+    if compiled:
+        alone = [i for i, n in enumerate(sizes_q) if direct and n >= COMPILED_LENGTH and sizes_k[i]]
+        sequences = sorted(set(range(len(sizes_q))) - set(alone), key=lambda i: -sizes_q[i] * sizes_k[i])
+        batch = None
+        if sequences:
+            starts_q, starts_k, chosen = (torch.tensor(x, dtype=torch.int32) for x in (cu_q, cu_k, sequences))
+            batch = Compiled(starts_q, starts_k, chosen, max(sizes_k[i] for i in sequences))
+        return Plan(batch, sizes_q, sizes_k, alone, (), heads, group, False, False)
     alone, members = [], []
     idle_q = idle_k = False
     for i, (q0, q1, k0, k1) in enumerate(zip(cu_q, cu_q[1:], cu_k, cu_k[1:], strict=False)):
@@ -110,8 +138,7 @@ def plan_batch(
         Bucket(*(_side([m[i + 2] for m in b], [m[i] for m in b], heads, device) for i in (0, 1)))
         for b in buckets
     ]
-    sizes_q, sizes_k = ([b - a for a, b in zip(cu, cu[1:], strict=False)] for cu in (cu_q, cu_k))
-    return Plan(sizes_q, sizes_k, sorted(alone), tuple(sides), heads, group, idle_q, idle_k)
+    return Plan(None, sizes_q, sizes_k, sorted(alone), tuple(sides), heads, group, idle_q, idle_k)
 
 
 def _side(starts: list[int], counts: list[int], heads: int, device: torch.device) -> Side:
@@ -206,6 +233,8 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, opts: Options
     if plan.idle_q:
         out.zero_()
         lse.fill_(-torch.inf)
+    if plan.compiled:
+        attention_cpu.attention_forward(q, k, v, out, lse.t(), plan.compiled, opts)
     if plan.direct:
         _forward_direct(q, k, v, out, lse, plan, opts)
     if plan.buckets:
@@ -270,6 +299,8 @@ def attention_backward(
         x.new_zeros(x.shape) if idle else x.new_empty(x.shape)
         for x, idle in ((q, plan.idle_q), (k, plan.idle_k), (v, plan.idle_k))
     )
+    if plan.compiled:
+        attention_cpu.attention_backward(dout, dlse, q, k, v, out, lse, dq, dk, dv, plan.compiled, opts)
     if plan.direct:
         _backward_direct(dout, q, k, v, out, lse, dq, dk, dv, plan, opts)
     if plan.buckets:

@@ -1,6 +1,7 @@
 """Packed attention: every path against the float64 reference, forward and every gradient."""
 
 import itertools
+import shutil
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from uncausal.bench import ladder
-from uncausal.kernels import attention_triton
+from uncausal.kernels import attention_cpu, attention_triton
 from uncausal.kernels.attention import (
     _flash_attn_varlen,
     _flash_attn_varlen_backward,
@@ -80,9 +81,116 @@ def test_flash_attn_varlen_func_cpu(lengths, heads, mode):
     check(make(LENGTHS[lengths], *heads, 16, torch.float32), MODES[mode])
 
 
+@pytest.fixture
+def no_compiler(monkeypatch):
+    """Run the test as on a system where the CPU's kernel cannot be compiled."""
+    monkeypatch.setattr(attention_cpu, "library", lambda: None)
+
+
+@pytest.fixture
+def compiled():
+    if attention_cpu.library() is None:
+        pytest.skip("no C compiler")
+
+
+@pytest.mark.usefixtures("no_compiler")
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("lengths", LENGTHS)
+def test_flash_attn_varlen_func_cpu_without_compiler(lengths, mode):
+    check(make(LENGTHS[lengths], 6, 2, 16, torch.float32), MODES[mode])
+
+
+@pytest.mark.parametrize("mode", ["plain", "all"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-def test_flash_attn_varlen_func_cpu_low_precision(dtype):
-    check(make(LENGTHS["self"], 6, 2, 80, dtype), {})
+def test_flash_attn_varlen_func_cpu_low_precision(dtype, mode):
+    check(make(LENGTHS["self"], 6, 2, 80, dtype), MODES[mode])
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("dim", [5, 16])
+def test_cpu_kernel_takes_tensors_as_they_lie(dim):
+    """Heads before tokens, as a model's projections leave them, and elements of a row that lie apart."""
+    q, k, v, cu, _ = make(([9, 20], [9, 20]), 4, 2, dim, torch.float32)
+    expected = gradients(flash_attn_varlen_func, q, k, v, cu, cu, return_attn_probs=True)
+    for order in ((1, 0, 2), (2, 0, 1)):
+        inverse = [order.index(i) for i in range(3)]
+        views = [x.detach().permute(order).contiguous().permute(inverse).requires_grad_() for x in (q, k, v)]
+        assert not views[0].is_contiguous()
+        got = gradients(flash_attn_varlen_func, *views, cu, cu, return_attn_probs=True)
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("mode", ["plain", "window", "softcap"])
+def test_cpu_kernel_gives_a_sequence_the_same_bits_in_any_company(mode):
+    """Buckets padded a sequence to the length of its neighbours, and its sums came in another order."""
+    lengths = [30, 7, 64, 5, 6, 129, 1]
+    q, k, v, cu, _ = make((lengths, lengths), 4, 2, 16, torch.float32)
+    call = dict(return_attn_probs=True, **MODES[mode])
+    dout = torch.randn(q.shape, generator=torch.Generator().manual_seed(1))
+
+    def run(rows):
+        parts = [x[rows].detach().requires_grad_() for x in (q, k, v)]
+        offsets = cu if rows == slice(None) else torch.tensor([0, len(parts[0])], dtype=torch.int32)
+        out, lse, _ = flash_attn_varlen_func(*parts, offsets, offsets, **call)
+        return out, lse.t(), *torch.autograd.grad(out, parts, dout[rows])
+
+    together = run(slice(None))
+    for begin, end in itertools.pairwise(cu.tolist()):
+        for a, b in zip(together, run(slice(begin, end)), strict=True):
+            assert torch.equal(a[begin:end], b)
+
+
+@pytest.mark.usefixtures("compiled")
+def test_cpu_kernel_does_not_depend_on_the_number_of_threads():
+    tensors = make(LENGTHS["cross"], 6, 2, 16, torch.float32)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for n in (1, 3):
+            torch.set_num_threads(n)
+            results.append(gradients(flash_attn_varlen_func, *tensors, return_attn_probs=True))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_cpu_kernel_is_compiled_where_a_compiler_is(tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(attention_cpu.shutil, "which", lambda name: None)
+    assert attention_cpu.library.__wrapped__() is None and "no C compiler" in caplog.text
+    monkeypatch.undo()
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip("no C compiler")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert attention_cpu.library.__wrapped__() is not None
+    built = list((tmp_path / "uncausal").iterdir())
+    assert [path.suffix for path in built] == [".so"]
+    stamp = built[0].stat().st_mtime_ns
+    assert attention_cpu.library.__wrapped__() is not None and built[0].stat().st_mtime_ns == stamp
+    broken = tmp_path / "broken.c"
+    broken.write_text("int attention_forward(")
+    monkeypatch.setattr(attention_cpu, "SOURCE", broken)
+    assert attention_cpu.library.__wrapped__() is None and "expected" in caplog.text
+
+
+@pytest.mark.parametrize("path", ["compiled", "no_compiler"])
+@pytest.mark.parametrize("mode", ["causal", "plain", "dropout"])
+def test_autocast_casts_as_it_does_for_sdpa(mode, path, request):
+    """Under autocast the buckets' products became bf16 and raised; fp32 q, k with bf16 v were refused."""
+    request.getfixturevalue(path)
+    q, k, v, cu, _ = make(([12, 40, 12], [12, 40, 12]), 4, 2, 16, torch.float32)
+    low = [x.detach().bfloat16() for x in (q, k, v)]
+    expected = flash_attn_varlen_func(*low, cu, cu, **MODES[mode])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = flash_attn_varlen_func(q, k, v, cu, cu, **MODES[mode])
+        mixed = flash_attn_varlen_func(q, k, low[2], cu, cu, **MODES[mode])
+        dense = flash_attn_func(*(x[:12][None] for x in (q, k, v)), causal=True)
+        grads = torch.autograd.grad(out.float().square().sum(), (q, k, v))  # within, as some loops do
+    assert out.dtype == dense.dtype == torch.bfloat16
+    assert torch.equal(out, expected) and torch.equal(mixed, expected)
+    assert all(x.dtype == torch.float32 and x.isfinite().all() for x in grads)
 
 
 @pytest.mark.parametrize("mode", ["plain", "all"])
