@@ -19,7 +19,7 @@ from uncausal.kernels import attention_cpu
 from uncausal.kernels.attention_dropout import dropout_keep, dropout_threshold
 
 BLOCK_SCORES = 1 << 17  # half a MB in fp32, with its gradient the second-level cache of one core
-COMPILED_LENGTH = 128  # tokens; longer sequences go to torch's kernel where it can compute them
+COMPILED_LENGTH = 256  # tokens; longer sequences go to torch's kernel where it can compute them
 DIRECT_LENGTH = 32  # tokens; longer sequences go to torch's kernel, and buckets of few: bench/NOTES.md
 BUCKET_SIZE = 12  # sequences
 BUCKET_SCORES = 1 << 15  # padding that costs as much as the calls for one more bucket
