@@ -1,0 +1,251 @@
+"""An encoder behind HTTP: OpenAI's /v1/embeddings, text-embeddings-inference's /embed and friends, /metrics.
+
+Every vector is what `Encoder.encode` returns for the text. Here stand the routes and what a request passes
+before them; the work is done in service.py and batcher.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hmac
+import threading
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import orjson
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from prometheus_client import generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from pydantic import BaseModel, Field, StrictBool, StrictInt, StrictStr
+
+import uncausal
+from uncausal.encoder.serving.service import Encoded, Limits, Refused, Service
+
+Tokens = Annotated[list[Annotated[StrictInt, Field(ge=0)]], Field(min_length=1)]
+Input = StrictStr | list[StrictStr] | Tokens | list[Tokens]
+
+
+class EmbeddingsRequest(BaseModel):
+    """OpenAI's."""
+
+    input: Input
+    model: StrictStr | None = None
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: StrictInt | None = None
+
+
+class EmbedRequest(BaseModel):
+    """text-embeddings-inference's."""
+
+    inputs: Input
+    truncate: StrictBool | None = None
+    normalize: StrictBool = True
+    prompt_name: StrictStr | None = None
+    dimensions: StrictInt | None = None
+
+
+class SimilarityInputs(BaseModel):
+    source_sentence: StrictStr
+    sentences: Annotated[list[StrictStr], Field(min_length=1)]
+
+
+class SimilarityRequest(BaseModel):
+    """text-embeddings-inference's."""
+
+    inputs: SimilarityInputs
+
+
+class TokenizeRequest(BaseModel):
+    """text-embeddings-inference's."""
+
+    inputs: StrictStr | list[StrictStr]
+
+
+def cut_vectors(vectors: np.ndarray, dimensions: int | None, normalize: bool = False) -> np.ndarray:
+    """Keep the first dimensions; cut vectors, and all if asked, are scaled to length 1."""
+    if dimensions is not None:
+        vectors = vectors[:, :dimensions]
+    if normalize or dimensions is not None:
+        vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+    return np.ascontiguousarray(vectors, dtype=np.float32)
+
+
+def answer(content: Any, encoded: Encoded | None = None) -> Response:
+    headers = {"X-Truncated-Texts": str(encoded.truncated)} if encoded and encoded.truncated else None
+    body = orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY)
+    return Response(body, media_type="application/json", headers=headers)
+
+
+def make_app(load: Callable[[], Any], name: str, limits: Limits | None = None) -> FastAPI:
+    """Return the ASGI application.
+
+    Args:
+        load: returns the `Encoder` to serve; called once, in a thread.
+        name: the model's, in answers.
+        limits: what is taken.
+    """
+    limits = limits or Limits()
+    service = Service(load, name, limits)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        threading.Thread(target=service.start, name="loader", daemon=True).start()
+        yield
+        await asyncio.to_thread(service.stop)
+
+    app = FastAPI(title="uncausal", version=uncausal.__version__, lifespan=lifespan)
+    app.state.service = service
+
+    @app.middleware("http")
+    async def guard(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
+        """Key, size and pace of a request before its route, its count and time behind it."""
+        start, route = time.perf_counter(), request.url.path
+        try:
+            if limits.api_key is not None and route not in ("/health", "/metrics"):
+                given = request.headers.get("authorization", "").removeprefix("Bearer ")
+                if not hmac.compare_digest(given.encode(), limits.api_key.encode()):
+                    raise Refused(401, "wrong or missing API key")
+            if request.method == "POST":
+                await _read_body(request, limits)
+            response = await call_next(request)
+        except Refused as refusal:
+            response = _refusal(refusal)
+        known = route if any(getattr(r, "path", None) == route for r in app.routes) else "other"
+        service.requests.labels(known, response.status_code).inc()
+        service.seconds.labels(known).observe(time.perf_counter() - start)
+        return response
+
+    @app.exception_handler(Refused)
+    async def refused(request: Request, refusal: Refused) -> Response:
+        return _refusal(refusal)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"] if part != "body")
+        return _refusal(Refused(422, f"{where}: {first['msg']}" if where else first["msg"]))
+
+    @app.post("/v1/embeddings")
+    async def embeddings(body: EmbeddingsRequest, request: Request) -> Response:
+        service.ready()
+        dimensions = service.checked_dimensions(body.dimensions)
+        encoded = await service.embed(request, body.input)
+        vectors = cut_vectors(encoded.vectors, dimensions)
+        as_text = body.encoding_format == "base64"
+        data = [
+            {
+                "object": "embedding",
+                "index": i,
+                "embedding": base64.b64encode(v.astype("<f4").tobytes()).decode() if as_text else v,
+            }
+            for i, v in enumerate(vectors)
+        ]
+        usage = {"prompt_tokens": encoded.tokens, "total_tokens": encoded.tokens}
+        return answer({"object": "list", "data": data, "model": name, "usage": usage}, encoded)
+
+    @app.post("/embed")
+    async def embed(body: EmbedRequest, request: Request) -> Response:
+        service.ready()
+        dimensions = service.checked_dimensions(body.dimensions)
+        prompt = None
+        if body.prompt_name is not None:
+            prompts = service.encoder.prompts
+            if body.prompt_name not in prompts:
+                raise Refused(422, f"no prompt {body.prompt_name!r}; there is {sorted(prompts)}")
+            prompt = prompts[body.prompt_name] or None
+        encoded = await service.embed(request, body.inputs, prompt=prompt, truncate=body.truncate)
+        return answer(cut_vectors(encoded.vectors, dimensions, body.normalize), encoded)
+
+    @app.post("/similarity")
+    async def similarity(body: SimilarityRequest, request: Request) -> Response:
+        encoded = await service.embed(request, [body.inputs.source_sentence, *body.inputs.sentences])
+        unit = cut_vectors(encoded.vectors, None, normalize=True)
+        return answer(unit[1:] @ unit[0], encoded)
+
+    @app.post("/tokenize")
+    async def tokenize(body: TokenizeRequest) -> Response:
+        service.ready()
+        texts = [body.inputs] if isinstance(body.inputs, str) else body.inputs
+        if len(texts) > limits.max_texts:
+            raise Refused(413, f"{len(texts)} texts in a request; at most {limits.max_texts} are taken")
+        loop = asyncio.get_running_loop()
+        return answer(
+            await loop.run_in_executor(service.tokenizing, _tokens, service.encoder.tokenizer, texts)
+        )
+
+    @app.get("/info")
+    async def info() -> Response:
+        batcher = service.ready()
+        return answer(
+            {
+                "model_id": name,
+                "model_dtype": str(service.encoder.backbone.dtype).removeprefix("torch."),
+                "model_type": {"embedding": {"pooling": service.encoder.pooling}},
+                "dimension": service.encoder.get_embedding_dimension(),
+                "dimensions": sorted(limits.dimensions),
+                "max_input_length": service.encoder.max_seq_length,
+                "max_batch_tokens": batcher.batch_tokens,
+                "max_client_batch_size": limits.max_texts,
+                "auto_truncate": limits.auto_truncate,
+                "version": uncausal.__version__,
+            }
+        )
+
+    @app.get("/v1/models")
+    async def models() -> Response:
+        return answer({"object": "list", "data": [{"id": name, "object": "model", "owned_by": "uncausal"}]})
+
+    @app.get("/health")
+    async def health() -> Response:
+        service.ready()
+        return answer({"status": "ok"})
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(generate_latest(service.registry), media_type=CONTENT_TYPE_LATEST)
+
+    return app
+
+
+async def _read_body(request: Request, limits: Limits) -> None:
+    """Read the body for the route, within the limits of size and time."""
+    if int(request.headers.get("content-length") or 0) > limits.max_bytes:
+        raise Refused(413, f"the body is larger than {limits.max_bytes} bytes")
+    parts: list[bytes] = []
+
+    async def read() -> None:
+        size = 0
+        async for part in request.stream():
+            parts.append(part)
+            size += len(part)
+            if size > limits.max_bytes:
+                raise Refused(413, f"the body is larger than {limits.max_bytes} bytes")
+
+    try:
+        await asyncio.wait_for(read(), limits.body_seconds)
+    except asyncio.TimeoutError:
+        raise Refused(408, f"the body did not arrive within {limits.body_seconds:g} s") from None
+    request._body = b"".join(parts)  # what Starlette's own body() leaves for the route
+
+
+def _refusal(refusal: Refused) -> Response:
+    headers = {"Retry-After": str(refusal.retry_after)} if refusal.retry_after else None
+    error = {"message": refusal.message, "type": "error", "code": refusal.status}
+    return Response(orjson.dumps({"error": error}), refusal.status, headers, "application/json")
+
+
+def _tokens(tokenizer: Any, texts: Sequence[str]) -> list[list[dict[str, Any]]]:
+    encoded = tokenizer(list(texts), return_offsets_mapping=True, return_special_tokens_mask=True)
+    columns = ("input_ids", "offset_mapping", "special_tokens_mask")
+    return [
+        [
+            {"id": i, "text": text[a:b], "special": bool(special), "start": a, "stop": b}
+            for i, (a, b), special in zip(*row, strict=True)
+        ]
+        for text, *row in zip(texts, *(encoded[name] for name in columns), strict=True)
+    ]

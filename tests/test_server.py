@@ -1,0 +1,291 @@
+"""The server as its clients meet it: a real socket, the openai client, and answers equal to encode's bits."""
+
+import base64
+import http.client
+import json
+import socket
+import threading
+import time
+
+import numpy as np
+import pytest
+
+pytest.importorskip("fastapi", reason="the server needs `pip install uncausal[serve]`")
+import uvicorn
+
+from uncausal.encoder.serving.batcher import Batcher, QueueFullError
+from uncausal.encoder.serving.server import make_app
+from uncausal.encoder.serving.service import Limits
+
+TEXTS = ["the cat sees the river", "a dog likes music", "two apples", "the king paints the long road home"]
+
+
+class Server:
+    """Uvicorn on a free port of the loopback interface, in a thread."""
+
+    def __init__(self, load, **limits):
+        self.app = make_app(load, "tiny", Limits(**limits))
+        config = uvicorn.Config(
+            self.app, host="127.0.0.1", port=0, log_level="error", timeout_graceful_shutdown=20
+        )
+        self.server = uvicorn.Server(config)
+        self.thread = threading.Thread(target=self.server.run, daemon=True)
+
+    def __enter__(self):
+        self.thread.start()
+        wait_for(lambda: self.server.started)
+        self.port = self.server.servers[0].sockets[0].getsockname()[1]
+        return self
+
+    def __exit__(self, *error):
+        self.server.should_exit = True
+        self.thread.join(30)
+        assert not self.thread.is_alive()
+
+    def call(self, method, path, body=None, headers=None):
+        """Return status, headers and decoded body."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        data = body if isinstance(body, bytes | None) else json.dumps(body).encode()
+        connection.request(method, path, data, {"Content-Type": "application/json", **(headers or {})})
+        response = connection.getresponse()
+        text = response.read()
+        connection.close()
+        is_json = response.headers.get_content_type() == "application/json"
+        return response.status, response.headers, json.loads(text) if is_json else text.decode()
+
+    def ready(self):
+        wait_for(lambda: self.call("GET", "/health")[0] == 200)
+        return self
+
+
+def wait_for(condition, seconds=30):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def encoder(tiny_checkpoint):
+    from uncausal import Encoder
+
+    encoder = Encoder.from_pretrained(tiny_checkpoint, device="cpu", dtype="float32", max_seq_length=32)
+    encoder.prompts = {"query": "the king "}
+    return encoder
+
+
+@pytest.fixture(scope="module")
+def server(encoder):
+    with Server(lambda: encoder, dimensions=(8,), max_texts=20, max_bytes=20_000, body_seconds=2) as server:
+        yield server.ready()
+
+
+def test_openai_client_gets_the_bits_of_encode(server, encoder):
+    openai = pytest.importorskip("openai")
+    client = openai.OpenAI(api_key="none", base_url=f"http://127.0.0.1:{server.port}/v1")
+    expected = encoder.encode(TEXTS)
+    for encoding in ({}, {"encoding_format": "float"}):  # the client asks for base64 by itself
+        found = client.embeddings.create(model="tiny", input=TEXTS, **encoding)
+        assert np.array_equal(np.float32([row.embedding for row in found.data]), expected)
+    assert found.usage.prompt_tokens == sum(map(len, encoder.tokenizer(TEXTS)["input_ids"]))
+    one = client.embeddings.create(model="tiny", input=TEXTS[0]).data[0].embedding
+    assert np.array_equal(np.float32(one), encoder.encode(TEXTS[0]))
+    cut = np.float32(client.embeddings.create(model="tiny", input=TEXTS[0], dimensions=8).data[0].embedding)
+    np.testing.assert_allclose(cut, expected[0, :8] / np.linalg.norm(expected[0, :8]), rtol=1e-5)
+
+
+def test_token_arrays_equal_texts(server, encoder):
+    ids = encoder.tokenizer(TEXTS)["input_ids"]
+    for given, expected in ((ids, encoder.encode(TEXTS)), (ids[2], encoder.encode(TEXTS[2:3]))):
+        status, _, body = server.call("POST", "/v1/embeddings", {"input": given, "encoding_format": "base64"})
+        found = [np.frombuffer(base64.b64decode(row["embedding"]), "<f4") for row in body["data"]]
+        assert status == 200 and np.array_equal(np.stack(found), expected)
+
+
+def test_embed_similarity_tokenize_info(server, encoder):
+    unit = encoder.encode(TEXTS, normalize_embeddings=True)
+    _, _, found = server.call("POST", "/embed", {"inputs": TEXTS})
+    np.testing.assert_allclose(found, unit, atol=1e-6)
+    _, _, found = server.call("POST", "/embed", {"inputs": TEXTS, "normalize": False, "prompt_name": "query"})
+    assert np.array_equal(np.float32(found), encoder.encode(TEXTS, prompt_name="query"))
+    query = {"source_sentence": TEXTS[0], "sentences": TEXTS[1:]}
+    _, _, found = server.call("POST", "/similarity", {"inputs": query})
+    np.testing.assert_allclose(found, unit[1:] @ unit[0], atol=1e-6)
+    _, _, [tokens] = server.call("POST", "/tokenize", {"inputs": TEXTS[0]})
+    assert [token["id"] for token in tokens] == encoder.tokenizer(TEXTS[0])["input_ids"]
+    assert [TEXTS[0][t["start"] : t["stop"]] for t in tokens if not t["special"]] == TEXTS[0].split()
+    assert server.call("GET", "/info")[2]["dimension"] == encoder.get_embedding_dimension()
+
+
+@pytest.mark.parametrize(
+    "path, body, status, message",
+    [
+        ("/v1/embeddings", {"input": []}, 400, "empty"),
+        ("/v1/embeddings", {"input": ["a", " "]}, 400, "text 1 is empty"),
+        ("/v1/embeddings", {"input": "the cat", "dimensions": 9}, 400, r"dimensions 9 is none of [8]"),
+        ("/v1/embeddings", {"input": "the cat", "encoding_format": "hex"}, 422, "encoding_format"),
+        ("/v1/embeddings", {"input": {"text": "a"}}, 422, "input"),
+        ("/v1/embeddings", {"input": [1, 2, "three"]}, 422, "input"),
+        ("/v1/embeddings", {"input": [[1, 10**9]]}, 422, "token 1000000000"),
+        ("/v1/embeddings", {"input": [[-1]]}, 422, "input"),
+        ("/v1/embeddings", {"input": ["music"] * 21}, 413, "21 texts"),
+        ("/v1/embeddings", {"input": "music " * 40}, 422, "longer than 32 tokens"),
+        ("/v1/embeddings", b"{", 422, "JSON"),
+        ("/v1/embeddings", b"\xff\xfe", 422, ""),
+        ("/v1/embeddings", {"input": "x" * 30_000}, 413, "20000 bytes"),
+        ("/embed", {"inputs": "a", "prompt_name": "none"}, 422, "there is ['query'"),
+        ("/similarity", {"inputs": {"source_sentence": "a", "sentences": []}}, 422, "sentences"),
+    ],
+)
+def test_bad_requests_are_told_why(server, path, body, status, message):
+    found, _, answer = server.call("POST", path, body)
+    assert (found, message in answer["error"]["message"]) == (status, True), answer
+
+
+def test_truncation_is_said(server, encoder):
+    long = " ".join(["music"] * 40)
+    status, headers, found = server.call(
+        "POST", "/embed", {"inputs": [long], "truncate": True, "normalize": False}
+    )
+    assert status == 200 and headers["X-Truncated-Texts"] == "1"
+    assert np.array_equal(np.float32(found), encoder.encode([long]))
+
+
+def test_slow_body_is_given_up(server):
+    with socket.create_connection(("127.0.0.1", server.port), 20) as connection:
+        connection.sendall(b"POST /embed HTTP/1.1\r\nHost: a\r\nContent-Length: 10\r\n\r\n{")
+        assert connection.recv(1000).startswith(b"HTTP/1.1 408")
+
+
+def test_metrics_count(server):
+    before = server.call("GET", "/metrics")[2]
+    server.call("POST", "/embed", {"inputs": TEXTS})
+    server.call("POST", "/embed", {"inputs": [" "]})
+    after = server.call("GET", "/metrics")[2]
+
+    def value(text, name):
+        return sum(float(line.split()[-1]) for line in text.splitlines() if line.startswith(name + " "))
+
+    for name, more in (
+        ('uncausal_requests_total{route="/embed",status="200"}', 1),
+        ('uncausal_requests_total{route="/embed",status="400"}', 1),
+        ("uncausal_batch_texts_sum", 4),
+    ):
+        assert value(after, name) - value(before, name) == more, name
+
+
+def test_concurrent_clients_get_the_bits_of_encode(server, encoder):
+    texts = [" ".join(TEXTS[i % 4].split()[: 1 + i % 5]) for i in range(48)]
+    expected, found = encoder.encode(texts), {}
+
+    def ask(i):
+        status, _, body = server.call("POST", "/embed", {"inputs": texts[i], "normalize": False})
+        found[i] = (status, np.float32(body[0]))
+
+    threads = [threading.Thread(target=ask, args=(i,)) for i in range(48)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    assert all(found[i][0] == 200 and np.array_equal(found[i][1], expected[i]) for i in range(48))
+
+
+def test_key_is_asked_for(encoder):
+    with Server(lambda: encoder, api_key="secret") as server:
+        server.ready()
+        body = {"inputs": "music"}
+        assert server.call("POST", "/embed", body)[0] == 401
+        assert server.call("POST", "/embed", body, {"Authorization": "Bearer secreT"})[0] == 401
+        assert server.call("POST", "/embed", body, {"Authorization": "Bearer secret"})[0] == 200
+
+
+def test_answers_503_while_loading_and_after_a_failure(encoder):
+    go = threading.Event()
+
+    def load():
+        go.wait(20)
+        raise OSError("no such model")
+
+    with Server(load) as server:
+        status, headers, _ = server.call("POST", "/embed", {"inputs": "music"})
+        assert (status, headers["Retry-After"]) == (503, "1")
+        go.set()
+        wait_for(lambda: "no such model" in str(server.call("GET", "/health")[2]))
+        assert server.call("GET", "/health")[0] == 503
+
+
+class Held:
+    """The batcher's view of an encoder whose forward waits until it is let go."""
+
+    device = "cpu"
+
+    def __init__(self, fail_on=None):
+        self.go, self.seen, self.fail_on = threading.Event(), [], fail_on
+
+    def eval(self):
+        return self
+
+    def __getitem__(self, index):
+        return self
+
+    def collate(self, ids, prompt_length=None):
+        return {"ids": ids, "prompt_length": prompt_length}
+
+    def __call__(self, features):
+        import torch
+
+        assert self.go.wait(20)
+        ids = features["ids"]
+        if self.fail_on is not None and any(self.fail_on in row for row in ids):
+            raise RuntimeError("bad text")
+        self.seen.append([tuple(row) for row in ids])
+        return {"sentence_embedding": torch.tensor([[float(sum(row))] for row in ids])}
+
+
+def test_batches_fill_in_arrival_order_and_drop_who_left():
+    model, batches = Held(), []
+    batcher = Batcher(model, batch_tokens=4, max_waiting=9, watch=batches.append)  # type: ignore[arg-type]
+    first = batcher.submit([[1, 1]])
+    wait_for(lambda: batcher.waiting == 0)
+    rest = batcher.submit([[2], [3, 3], [4], [5] * 9, [6]])
+    rest[1].cancel()
+    model.go.set()
+    batcher.close()
+    assert model.seen == [[(1, 1)], [(2,), (4,)], [(5,) * 9], [(6,)]]
+    assert [f.result()[0] for f in (*first, rest[0], *rest[2:])] == [2, 2, 4, 45, 6]
+    assert [batch.tokens for batch in batches] == [2, 2, 9, 1]
+
+
+def test_full_queue_takes_all_of_a_request_or_none():
+    model = Held()
+    batcher = Batcher(model, batch_tokens=1, max_waiting=2)  # type: ignore[arg-type]
+    batcher.submit([[1]])
+    wait_for(lambda: batcher.waiting == 0)
+    batcher.submit([[2]])
+    with pytest.raises(QueueFullError) as refusal:
+        batcher.submit([[3], [4]])
+    assert batcher.waiting == 1 and refusal.value.retry_after >= 1
+    model.go.set()
+    batcher.close()
+    with pytest.raises(RuntimeError, match="stopping"):
+        batcher.submit([[5]])
+
+
+def test_one_bad_text_fails_alone():
+    model = Held(fail_on=7)
+    batcher = Batcher(model, batch_tokens=99, max_waiting=9)  # type: ignore[arg-type]
+    held = batcher.submit([[0]])
+    wait_for(lambda: batcher.waiting == 0)
+    futures = batcher.submit([[1], [2], [7], [3]])
+    model.go.set()
+    batcher.close()
+    assert [f.result()[0] for f in (*held, *futures[:2], futures[3])] == [0, 1, 2, 3]
+    with pytest.raises(RuntimeError, match="bad text"):
+        futures[2].result()
+
+
+def test_prompts_of_one_batch_may_differ():
+    model = Held()
+    model.go.set()
+    batcher = Batcher(model, batch_tokens=99, max_waiting=9)  # type: ignore[arg-type]
+    futures = batcher.submit([[1, 2]], prompt_length=1) + batcher.submit([[3]])
+    batcher.close()
+    assert [f.result()[0] for f in futures] == [3, 3]
