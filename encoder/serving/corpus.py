@@ -1,0 +1,268 @@
+"""Corpora larger than memory: a stream of texts to Parquet shards that a killed run goes on from.
+
+Shard k holds rows k * N to (k + 1) * N - 1 of the input. It is encoded by itself, from its own texts alone, so
+its bytes do not depend on who encodes it or when: a rerun, other processes (`shard=(i, n)`) and other engines
+write the same files.
+
+manifest.json              settings, model digest and versions, the same for every process
+part-00000.parquet         columns id and embedding, written whole or not at all
+part-00000.json            rows, tokens, digest of the ids and texts it was made from, digest of the file
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from sentence_transformers import SentenceTransformer
+from tqdm.auto import tqdm
+
+import uncausal
+from uncausal.encoder.batching import iter_encode
+from uncausal.encoder.data.rows import DataError, read_rows, text_field
+from uncausal.encoder.files import staged_file
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True)
+class CorpusSettings:
+    """What decides the bytes of the shards.
+
+    Args:
+        column: the field that holds the text, where rows have fields.
+        id_column: the field that holds the id; without one, ids are row numbers from 0.
+        rows_per_shard: N.
+        dtype: of the vectors; int8 is round(127 x / max|x|), a scale of its own for each vector.
+        dimension: keep so many leading numbers (Matryoshka).
+        normalize: scale vectors to length 1, after they are cut.
+        prompt: put before every text; attended, not pooled.
+        batch_tokens: tokens a batch.
+    """
+
+    column: str = "text"
+    id_column: str | None = None
+    rows_per_shard: int = 10_000
+    dtype: Literal["float32", "float16", "int8"] = "float32"
+    dimension: int | None = None
+    normalize: bool = False
+    prompt: str | None = None
+    batch_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.rows_per_shard < 1:
+            raise ValueError(f"rows_per_shard is {self.rows_per_shard}; it must be at least 1")
+        if self.dtype not in ("float32", "float16", "int8"):
+            raise ValueError(f"dtype is {self.dtype!r}; it must be float32, float16 or int8")
+        if self.dimension is not None and self.dimension < 1:
+            raise ValueError(f"dimension is {self.dimension}; it must be at least 1")
+
+
+class CorpusResult(NamedTuple):
+    """What one call did: rows encoded, rows found done, tokens encoded, seconds, shards of the input."""
+
+    encoded: int
+    found: int
+    tokens: int
+    seconds: float
+    shards: int
+
+
+def corpus_rows(source: str | Path, settings: CorpusSettings) -> Iterator[tuple[str, str]]:
+    """Yield (id, text) of every row of a source for `read_rows`, in order.
+
+    Raises:
+        DataError: a missing field or an empty text; the message has file and line.
+    """
+    for number, (where, row) in enumerate(read_rows(source)):
+        text = text_field(row, settings.column, where)
+        if not text.strip():
+            raise DataError(
+                f"{where}: the text is empty, and there is no vector of nothing; leave the row out"
+            )
+        if settings.id_column is not None and settings.id_column not in row:
+            raise DataError(f"{where}: no field {settings.id_column!r}; there is {', '.join(map(repr, row))}")
+        yield (str(number) if settings.id_column is None else str(row[settings.id_column])), text
+
+
+def encode_corpus(
+    encoder: SentenceTransformer,
+    rows: Iterable[tuple[str, str]],
+    output: str | Path,
+    settings: CorpusSettings | None = None,
+    *,
+    shard: tuple[int, int] = (0, 1),
+    show_progress_bar: bool = False,
+) -> CorpusResult:
+    """Encode (id, text) rows to Parquet shards, leaving out those that are there already.
+
+    Args:
+        encoder: an `Encoder` that is packed.
+        rows: in an order that does not change between runs.
+        output: folder of the shards.
+        settings: what decides their bytes.
+        shard: (i, n): encode every n-th shard, from the i-th; n processes share the work without speaking.
+        show_progress_bar: draw a bar, with tokens a second.
+
+    Returns:
+        What was done.
+
+    Raises:
+        ValueError: the folder holds shards of other settings or of another model, or an impossible argument.
+        OSError: the folder cannot be written.
+    """
+    settings, output = settings or CorpusSettings(), Path(output)
+    turn, turns = shard
+    if not 0 <= turn < turns:
+        raise ValueError(
+            f"shard {turn}/{turns} does not exist: there are the shards 0/{turns} to {turns - 1}/{turns}"
+        )
+    width = encoder.get_embedding_dimension() or 0
+    if settings.dimension is not None and settings.dimension > width:
+        raise ValueError(f"dimension {settings.dimension} is more than the model has: {width}")
+    _open(output, {"model": model_digest(encoder), "uncausal": uncausal.__version__, **asdict(settings)})
+    encoded = found = tokens = number = 0
+    start = time.perf_counter()
+    stream = iter(rows)
+    with tqdm(desc="Encoding", unit="text", disable=not show_progress_bar) as bar:
+        while batch := list(islice(stream, settings.rows_per_shard)):
+            if number % turns == turn:
+                if _is_done(output, number, batch):
+                    found += len(batch)
+                else:
+                    tokens += _encode_shard(encoder, batch, output, number, settings)
+                    encoded += len(batch)
+                    bar.set_postfix({"tokens/s": f"{tokens / (time.perf_counter() - start):,.0f}"})
+                bar.update(len(batch))
+            number += 1
+    for stale in sorted(output.glob("part-*.parquet")):
+        if int(stale.stem.removeprefix("part-")) >= number:
+            raise ValueError(f"{stale}: is beyond the end of the input, which has {number} shards: remove it")
+    return CorpusResult(encoded, found, tokens, time.perf_counter() - start, number)
+
+
+def read_corpus(folder: str | Path) -> pa.Table:
+    """Return the ids and vectors of a finished corpus, in the order of its rows.
+
+    Raises:
+        ValueError: a shard is missing or does not hold what was written.
+    """
+    folder = Path(folder)
+    tables = []
+    for number, file in enumerate(sorted(folder.glob("part-*.parquet"))):
+        if file != _shard(folder, number):
+            raise ValueError(f"{_shard(folder, number)}: is missing; run the same again")
+        note = _note(file)
+        if not note.exists() or json.loads(note.read_text())["file"] != _digest_of(file.read_bytes()):
+            raise ValueError(f"{file}: does not hold what was written; run the same again")
+        tables.append(pq.read_table(file))
+    return pa.concat_tables(tables)
+
+
+def model_digest(encoder: SentenceTransformer) -> str:
+    """Return a digest of all weights and of what the modules are set to."""
+    digest = hashlib.sha256(repr(encoder).encode())
+    for name, tensor in encoder.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).numpy(force=True).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _encode_shard(
+    encoder: SentenceTransformer,
+    rows: list[tuple[str, str]],
+    output: Path,
+    number: int,
+    settings: CorpusSettings,
+) -> int:
+    """Encode the rows of one shard and write it; returns their tokens."""
+    texts = [text for _, text in rows]
+    vectors, tokens = np.empty((0, 0), np.float32), 0
+    batches = iter_encode(encoder, texts, prompt=settings.prompt, batch_tokens=settings.batch_tokens)
+    for batch in batches:
+        part = batch.vectors.float().cpu().numpy()
+        if not len(vectors):
+            vectors = np.empty((len(texts), part.shape[1]), np.float32)
+        vectors[batch.indices] = part
+        tokens += sum(batch.token_counts)
+    table = pa.table({"id": [id for id, _ in rows], **_columns(vectors, settings)})
+    file = _shard(output, number)
+    with staged_file(file) as out:
+        pq.write_table(table, out)
+    note = {
+        "rows": len(rows),
+        "tokens": tokens,
+        "input": _digest(rows),
+        "file": _digest_of(file.read_bytes()),
+    }
+    with staged_file(_note(file)) as out:
+        out.write(json.dumps(note).encode())
+    return tokens
+
+
+def _columns(vectors: np.ndarray, settings: CorpusSettings) -> dict[str, pa.Array]:
+    """The vectors as columns of the wanted type; int8 has a column of scales, vector = scale * embedding."""
+    vectors = vectors[:, : settings.dimension]
+    if settings.normalize:
+        vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+    columns = {}
+    if settings.dtype == "int8":
+        scale = np.maximum(np.abs(vectors).max(1), 1e-12) / 127
+        columns["scale"] = pa.array(scale.astype(np.float32))
+        vectors = np.rint(vectors / scale[:, None])
+    flat = pa.array(np.ascontiguousarray(vectors, dtype=settings.dtype).reshape(-1))
+    return {"embedding": pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1]), **columns}
+
+
+def _open(output: Path, manifest: dict[str, Any]) -> None:
+    """Write the manifest, or make sure that the one there is the same."""
+    file = output / "manifest.json"
+    if not file.exists():
+        with staged_file(file) as out:
+            out.write(json.dumps(manifest, indent=1).encode())
+        return
+    before = json.loads(file.read_text())
+    changed = [key for key in {**before, **manifest} if before.get(key) != manifest.get(key)]
+    if changed:
+        shown = ", ".join(f"{k} ({before.get(k)!r} there, {manifest.get(k)!r} here)" for k in changed)
+        raise ValueError(
+            f"{output} holds a corpus that differs in {shown}: choose another folder, or remove it"
+        )
+
+
+def _is_done(output: Path, number: int, rows: list[tuple[str, str]]) -> bool:
+    """Whether the shard is whole and was made of these rows."""
+    file = _shard(output, number)
+    if not file.exists() or not _note(file).exists():
+        return False
+    try:
+        note = json.loads(_note(file).read_text())
+        return note["input"] == _digest(rows) and note["file"] == _digest_of(file.read_bytes())
+    except (ValueError, KeyError):
+        return False
+
+
+def _shard(output: Path, number: int) -> Path:
+    return output / f"part-{number:05}.parquet"
+
+
+def _note(shard: Path) -> Path:
+    return shard.with_suffix(".json")
+
+
+def _digest(rows: list[tuple[str, str]]) -> str:
+    return _digest_of(json.dumps(rows).encode())
+
+
+def _digest_of(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

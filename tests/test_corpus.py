@@ -1,0 +1,136 @@
+"""Corpora in shards: interrupted, resumed and shared runs write the bytes of an undisturbed one."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from uncausal import Encoder
+from uncausal.encoder.data.rows import DataError
+from uncausal.encoder.serving.corpus import CorpusSettings, corpus_rows, encode_corpus, read_corpus
+
+WORDS = "the a cat dog king sees likes paints river music".split()
+ROWS = [(f"id{i}", " ".join(WORDS[(i * k) % 10] for k in range(1, 3 + i % 9))) for i in range(57)]
+SETTINGS = CorpusSettings(rows_per_shard=10)
+
+
+@pytest.fixture(scope="module")
+def encoder(tiny_checkpoint):
+    return Encoder.from_pretrained(tiny_checkpoint, device="cpu", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def whole(encoder, tmp_path_factory):
+    """The files of an undisturbed run."""
+    folder = tmp_path_factory.mktemp("whole")
+    result = encode_corpus(encoder, ROWS, folder, SETTINGS)
+    assert (result.encoded, result.found, result.shards) == (57, 0, 6) and result.tokens > 57
+    return contents(folder)
+
+
+def contents(folder):
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def test_rows_are_those_of_encode(encoder, whole, tmp_path):
+    for name, content in whole.items():
+        (tmp_path / name).write_bytes(content)
+    table = read_corpus(tmp_path)
+    assert table["id"].to_pylist() == [id for id, _ in ROWS]
+    np.testing.assert_allclose(
+        table["embedding"].to_pylist(), encoder.encode([t for _, t in ROWS]), atol=1e-6
+    )
+
+
+def test_rerun_encodes_what_is_missing_or_damaged(encoder, whole, tmp_path):
+    for name, content in whole.items():
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "part-00001.parquet").unlink()
+    (tmp_path / "part-00003.parquet").write_bytes(whole["part-00003.parquet"][:-9])
+    (tmp_path / "part-00004.json").write_text("{")
+    with pytest.raises(ValueError, match="part-00001.parquet: is missing"):
+        read_corpus(tmp_path)
+    result = encode_corpus(encoder, ROWS, tmp_path, SETTINGS)
+    assert (result.encoded, result.found) == (30, 27)
+    assert contents(tmp_path) == whole
+
+
+def test_changed_text_is_encoded_again(encoder, whole, tmp_path):
+    for name, content in whole.items():
+        (tmp_path / name).write_bytes(content)
+    changed = [*ROWS[:25], ("id25", "two apples"), *ROWS[26:]]
+    result = encode_corpus(encoder, changed, tmp_path, SETTINGS)
+    assert (result.encoded, result.found) == (10, 47)
+
+
+def test_shares_add_up_to_the_whole(encoder, whole, tmp_path):
+    for turn in (2, 0, 1):
+        encode_corpus(encoder, iter(ROWS), tmp_path, SETTINGS, shard=(turn, 3))
+    assert contents(tmp_path) == whole
+
+
+def test_killed_run_goes_on(tiny_checkpoint, whole, tmp_path):
+    """SIGKILL at some moment, three times: what is there is whole, and the end is the undisturbed run's."""
+    script = (
+        "import sys; from uncausal import Encoder; from tests.test_corpus import ROWS, SETTINGS\n"
+        "from uncausal.encoder.serving.corpus import encode_corpus\n"
+        "encoder = Encoder.from_pretrained(sys.argv[1], device='cpu', dtype='float32')\n"
+        "encode_corpus(encoder, ROWS, sys.argv[2], SETTINGS)\n"
+    )
+    command = [sys.executable, "-c", script, str(tiny_checkpoint), str(tmp_path)]
+    for shards in (1, 3):
+        process = subprocess.Popen(command, cwd=os.path.dirname(os.path.dirname(__file__)))
+        while len(list(tmp_path.glob("part-*.parquet"))) < shards and process.poll() is None:
+            time.sleep(0.001)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        for file in tmp_path.glob("part-*.parquet"):
+            assert file.read_bytes() == whole[file.name]
+    assert subprocess.run(command, cwd=os.path.dirname(os.path.dirname(__file__))).returncode == 0
+    assert {k: v for k, v in contents(tmp_path).items() if not k.startswith(".")} == whole
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+def test_types_and_dimensions(encoder, tmp_path, dtype):
+    settings = CorpusSettings(dtype=dtype, dimension=8, normalize=True)
+    encode_corpus(encoder, ROWS, tmp_path, settings)
+    table = pq.read_table(tmp_path / "part-00000.parquet")
+    found = np.array(table["embedding"].to_pylist(), dtype=np.float32)
+    if dtype == "int8":
+        found *= np.array(table["scale"])[:, None]
+    cut = encoder.encode([text for _, text in ROWS])[:, :8]
+    np.testing.assert_allclose(found, cut / np.linalg.norm(cut, axis=1, keepdims=True), atol=5e-3)
+    assert table["embedding"].type.value_type == {"float16": "halffloat", "int8": "int8"}[dtype]
+
+
+def test_other_settings_are_refused(encoder, whole, tmp_path):
+    (tmp_path / "manifest.json").write_bytes(whole["manifest.json"])
+    with pytest.raises(ValueError, match=r"differs in dtype \('float32' there, 'int8' here\)"):
+        encode_corpus(encoder, ROWS, tmp_path, CorpusSettings(rows_per_shard=10, dtype="int8"))
+    with pytest.raises(ValueError, match="shard 3/3 does not exist"):
+        encode_corpus(encoder, ROWS, tmp_path, SETTINGS, shard=(3, 3))
+    with pytest.raises(ValueError, match="dimension 999 is more than the model has: 32"):
+        encode_corpus(encoder, ROWS, tmp_path, CorpusSettings(dimension=999))
+
+
+def test_shorter_input_is_noticed(encoder, whole, tmp_path):
+    for name, content in whole.items():
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match="part-00004.parquet: is beyond the end of the input"):
+        encode_corpus(encoder, ROWS[:40], tmp_path, SETTINGS)
+
+
+def test_rows_of_files(tmp_path):
+    file = tmp_path / "corpus.jsonl"
+    file.write_text('{"key": 7, "text": "the cat"}\n{"key": 8, "text": " "}\n')
+    rows = corpus_rows(file, CorpusSettings(id_column="key"))
+    assert next(rows) == ("7", "the cat")
+    with pytest.raises(DataError, match="corpus.jsonl:2: the text is empty"):
+        next(rows)
+    with pytest.raises(DataError, match="corpus.jsonl:1: no field 'id'"):
+        next(corpus_rows(file, CorpusSettings(id_column="id")))
