@@ -66,3 +66,17 @@ def test_quantize(smollm2, tmp_path):
 def test_quantize_says_what_it_needs():
     with pytest.raises(ValueError, match="the model is on meta"):
         quantize_linear(nn.Linear(2, 2, device="meta"), 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_a_row_has_the_same_bits_in_any_company(dtype):
+    """Regression: one token alone was multiplied by another routine than the same token in a batch."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(192, 320), torch.nn.Linear(320, 64)).to(dtype)
+    use_onednn(model)
+    rows = torch.randn(1, 70, 192, dtype=dtype)
+    with torch.inference_mode():
+        together = model(rows)
+        for count in (1, 2, 3, 7, 16, 33, 69):
+            assert torch.equal(model(rows[:, :count]), together[:, :count]), count
+        assert torch.equal(model(rows[:, -1:]), together[:, -1:])
