@@ -1,0 +1,135 @@
+"""Training pairs from a data directory: what `--data-dir` or UNCAUSAL_DATA offers without internet.
+
+A name such as `local:nli` stands for one of SETS wherever a source of pairs is taken. No set holds a sentence
+of the STS Benchmark's test split, and none is an evaluation set of the mini suite.
+"""
+
+import csv
+import gzip
+import json
+import os
+import random
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from uncausal.encoder.data.rows import DataError
+from uncausal.encoder.data.texts import sentences
+
+PREFIX = "local:"
+VARIABLE = "UNCAUSAL_DATA"
+
+
+def data_dir(path: str | Path | None = None) -> Path:
+    """Return the data directory: the one given, or that of UNCAUSAL_DATA.
+
+    Raises:
+        FileNotFoundError: neither names a folder.
+    """
+    found = path or os.environ.get(VARIABLE)
+    if not found:
+        raise FileNotFoundError(f"no data directory: pass --data-dir DIR or set {VARIABLE}")
+    if not Path(found).is_dir():
+        raise FileNotFoundError(f"no such data directory: {found}")
+    return Path(found)
+
+
+def local_rows(name: str, root: Path, seed: int = 0) -> list[dict[str, Any]]:
+    """Return the rows of one of SETS, in a random order.
+
+    Args:
+        name: one of SETS, with or without the prefix.
+        root: the data directory.
+        seed: of the order, and of what a set draws.
+
+    Raises:
+        DataError: no set of that name; the message lists them.
+    """
+    name = name.removeprefix(PREFIX)
+    if name not in SETS:
+        raise DataError(f"{PREFIX}{name}: no such set; there is {', '.join(PREFIX + s for s in SETS)}")
+    draw = random.Random(f"{name}-{seed}")
+    rows = list(SETS[name](root, draw))
+    draw.shuffle(rows)
+    return rows
+
+
+def nli(root: Path, draw: random.Random) -> Iterator[dict[str, Any]]:
+    """Premise, entailed and contradicted hypothesis of SNLI, MultiNLI and QNLI (supervised SimCSE)."""
+    held_out = _sts_sentences(root, "test")
+    for file in ("snli_dev", "mnli_dev", "qnli_dev"):
+        for anchor, positive, negative in _tsv(root / "nli_triples" / f"{file}_triples.tsv.gz"):
+            if held_out.isdisjoint((anchor, positive, negative)):
+                yield {"anchor": anchor, "positive": positive, "negative": negative}
+
+
+def wiki_pairs(root: Path, draw: random.Random) -> Iterator[dict[str, Any]]:
+    """Two sentences of one Wikipedia article, at most four pairs an article."""
+    articles: dict[str, list[str]] = defaultdict(list)
+    for file in sorted((root / "wiki_sentences").glob("train-*.tsv.gz")):
+        for article, sentence in _tsv(file):
+            articles[article].append(sentence)
+    for found in articles.values():
+        draw.shuffle(found)
+        for first, second in zip(found[0:8:2], found[1:8:2], strict=False):
+            yield {"anchor": first, "positive": second}
+
+
+def wiki_crops(root: Path, draw: random.Random) -> Iterator[dict[str, Any]]:
+    """A sentence of a Wikipedia paragraph against the rest of it (inverse cloze, arXiv 1906.00300)."""
+    for file in sorted((root / "wiki_paragraphs").glob("train-*.tsv.gz")):
+        for _, paragraph in _tsv(file):
+            parts = list(sentences(paragraph))
+            usable = [i for i, part in enumerate(parts) if len(part.split()) >= 5]
+            if len(parts) >= 3 and usable:
+                chosen = draw.choice(usable)
+                rest = " ".join(parts[:chosen] + parts[chosen + 1 :])
+                yield {"anchor": parts[chosen], "positive": rest}
+
+
+def medquad(root: Path, draw: random.Random) -> Iterator[dict[str, Any]]:
+    """Question, its answer, and the answer that the same document gives to a question of another type."""
+    for source in ("1_cancergov", "2_gard", "3_ghr", "4_mplus_health_topics"):
+        documents: dict[str, list[dict[str, str]]] = defaultdict(list)
+        with gzip.open(root / "medquad" / f"{source}.jsonl.gz", "rt", encoding="utf-8") as file:
+            for row in map(json.loads, file):
+                documents[row["doc"]].append(row)
+        for rows in documents.values():
+            for row in rows:
+                others = [r["answer"] for r in rows if r["qtype"] != row["qtype"]]
+                others = [answer for answer in others if answer.strip() not in ("", row["answer"].strip())]
+                if others and row["answer"].strip():
+                    negative = draw.choice(others)
+                    yield {"anchor": row["question"], "positive": row["answer"], "negative": negative}
+
+
+def clinc(root: Path, draw: random.Random) -> Iterator[dict[str, Any]]:
+    """Utterances of CLINC150's train split with their intent, as (text, label)."""
+    with gzip.open(root / "clinc150" / "data_full.json.gz", "rt", encoding="utf-8") as file:
+        for text, label in json.load(file)["train"]:
+            yield {"text": text, "label": label}
+
+
+SETS: dict[str, Callable[[Path, random.Random], Iterator[dict[str, Any]]]] = {
+    "nli": nli,
+    "wiki_pairs": wiki_pairs,
+    "wiki_crops": wiki_crops,
+    "medquad": medquad,
+    "clinc": clinc,
+}
+
+
+def _tsv(path: Path) -> Iterator[list[str]]:
+    """The rows of a gzipped TSV file whose fields all hold text."""
+    with gzip.open(path, "rt", encoding="utf-8", newline="") as file:
+        for row in csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE):
+            fields = [field.strip() for field in row]
+            if fields and all(fields):
+                yield fields
+
+
+def _sts_sentences(root: Path, split: str) -> set[str]:
+    with open(root / "stsbenchmark" / f"sts-{split}.csv", encoding="utf-8", newline="") as file:
+        rows = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+        return {sentence.strip() for row in rows for sentence in row[5:7]}

@@ -1,0 +1,93 @@
+"""The sets of a data directory: their forms, and what they must not hold."""
+
+import gzip
+import json
+
+import pytest
+
+from uncausal.encoder.data.local import SETS, data_dir, local_rows
+from uncausal.encoder.data.rows import DataError
+
+
+def write(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(gzip.compress(text.encode())) if path.suffix == ".gz" else path.write_text(text)
+
+
+@pytest.fixture
+def root(tmp_path):
+    """A data directory with a few rows of every set."""
+    sts = "\t".join(["g", "f", "y", "1", "5.0", "A man sings.", "Someone is singing."])
+    write(tmp_path / "stsbenchmark" / "sts-test.csv", sts + "\n")
+    for name in ("snli", "mnli", "qnli"):
+        rows = f"{name} premise\t{name} entailed\t{name} contradicted\n"
+        if name == "mnli":
+            rows += "A cat sleeps.\tA man sings.\tA dog runs.\n" + "no\tnegative\t\n"
+        write(tmp_path / "nli_triples" / f"{name}_dev_triples.tsv.gz", rows)
+    write(tmp_path / "wiki_sentences" / "train-00.tsv.gz", "".join(f"7\tfact {i}\n" for i in range(11)))
+    paragraph = "The first sentence of it is here. Another one of five words. And a third sentence ends it."
+    write(tmp_path / "wiki_paragraphs" / "train-00.tsv.gz", f"7\t{paragraph}\n8\tToo short. Yes.\n")
+    answers = [
+        {"doc": "1", "qtype": kind, "question": f"{kind}?", "answer": text}
+        for kind, text in [("cause", "A gene."), ("care", "Rest."), ("sign", " "), ("copy", "A gene.")]
+    ]
+    text = "".join(json.dumps(row) + "\n" for row in answers)
+    for source in ("1_cancergov", "2_gard", "3_ghr", "4_mplus_health_topics"):
+        write(tmp_path / "medquad" / f"{source}.jsonl.gz", text)
+    clinc = {"train": [["hi", "greet"], ["bye", "leave"]], "test": [["yo", "greet"]]}
+    write(tmp_path / "clinc150" / "data_full.json.gz", json.dumps(clinc))
+    return tmp_path
+
+
+def test_nli_leaves_out_sts_test_sentences_and_broken_rows(root):
+    rows = local_rows("local:nli", root)
+    assert {row["anchor"] for row in rows} == {"snli premise", "mnli premise", "qnli premise"}
+    assert all(row["positive"].endswith("entailed") and row["negative"].endswith("ted") for row in rows)
+
+
+def test_wiki_pairs_use_no_sentence_twice(root):
+    rows = local_rows("wiki_pairs", root)
+    used = [text for row in rows for text in row.values()]
+    assert len(rows) == 4 and len(set(used)) == 8
+
+
+def test_wiki_crop_is_missing_from_the_rest(root):
+    [row] = local_rows("wiki_crops", root)
+    assert row["anchor"] not in row["positive"] and len(row["positive"].split(".")) == 3
+
+
+def test_medquad_negative_answers_another_question_of_the_document(root):
+    rows = local_rows("medquad", root)
+    assert {(row["anchor"], row["negative"]) for row in rows} == {
+        ("cause?", "Rest."),
+        ("care?", "A gene."),
+        ("copy?", "Rest."),
+    }
+
+
+def test_order_is_the_seeds(root):
+    assert local_rows("wiki_pairs", root, seed=1) == local_rows("wiki_pairs", root, seed=1)
+    assert local_rows("wiki_pairs", root, seed=1) != local_rows("wiki_pairs", root, seed=2)
+
+
+def test_unknown_set_and_directory_are_told(root, monkeypatch):
+    monkeypatch.delenv("UNCAUSAL_DATA", raising=False)
+    with pytest.raises(DataError, match="local:nil: no such set; there is local:nli"):
+        local_rows("local:nil", root)
+    with pytest.raises(FileNotFoundError, match="--data-dir"):
+        data_dir()
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        data_dir(root / "nowhere")
+    monkeypatch.setenv("UNCAUSAL_DATA", str(root))
+    assert data_dir() == root
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_real_sets_are_of_one_form(name):
+    try:
+        root = data_dir()
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    rows = local_rows(name, root)
+    assert len(rows) > 5000 and len({tuple(row) for row in rows}) == 1
+    assert all(isinstance(value, str) and value.strip() for row in rows for value in row.values())
