@@ -1,0 +1,126 @@
+"""Distillation: the encoder learns the vectors that a teacher gives its texts (LEAF, arXiv 2509.12539)."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch.nn.functional as F
+from datasets import Dataset
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Dense
+from torch import Tensor, nn
+
+from uncausal.encoder.data.texts import read_texts
+from uncausal.encoder.files import staged_file
+from uncausal.encoder.training.stages.base import PairStage
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True)
+class Distill(PairStage):
+    """Plain L2 between unit vectors, in small batches, without negatives: LEAF's recipe.
+
+    Where the teacher's dimension is another, a linear map is appended to the encoder, trained along and saved
+    with it, so that student and teacher share one space. To let an encoder teach its own pruned self, save it
+    before pruning and name that folder as teacher.
+
+    Args:
+        teacher: any sentence-transformers model, by name or folder.
+        vectors: .npy file of the teacher's vectors, a row a text. Written if it is not there; it must be
+            where no teacher is named.
+        teacher_prompt: put before every text for the teacher alone.
+    """
+
+    teacher: str | None = None
+    vectors: str | None = None
+    teacher_prompt: str | None = None
+    batch_size: int = 32
+    learning_rate: float = 1e-4
+    max_length: int = 512
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        known = self.teacher is not None or self.vectors is not None
+        self._require("teacher", known, "a model's name or folder, or vectors=FILE.npy must be given")
+
+    def prepare(self, encoder: SentenceTransformer, data: Any) -> Dataset:
+        """Texts, or a source for `read_texts`, beside the teacher's unit vectors; may append the map."""
+        texts = list(read_texts(data) if isinstance(data, str | Path) else data)
+        if not texts:
+            raise ValueError("Distill needs texts; found none")
+        targets = self.targets(texts, str(encoder.device))
+        width, wanted = encoder.get_embedding_dimension(), targets.shape[1]
+        if width != wanted:
+            assert width is not None
+            logger.info("appending a linear map from %d to the teacher's %d features", width, wanted)
+            encoder.append(Dense(width, wanted, activation_function=nn.Identity()).to(encoder.device))
+        return Dataset.from_dict({"text": texts, "label": list(targets)})
+
+    def targets(self, texts: list[str], device: str) -> np.ndarray:
+        """The teacher's unit vectors (n, D) float32, from the file where it holds those of these texts."""
+        file = None if self.vectors is None else Path(self.vectors)
+        digest = text_digest(texts)
+        if file is not None and file.exists():
+            vectors = np.load(file)
+            note = _note(file)
+            written_for = json.loads(note.read_text())["texts"] if note.exists() else digest
+            if len(vectors) != len(texts) or written_for != digest:
+                raise ValueError(
+                    f"{file}: holds the vectors of {len(vectors)} other texts, not of these {len(texts)}; "
+                    "name another file or remove it"
+                )
+        elif self.teacher is None:
+            raise FileNotFoundError(f"no such file of vectors: {file}; name a teacher and it is written")
+        else:
+            teacher = SentenceTransformer(self.teacher, device=device)
+            options: dict[str, Any] = {"prompt": self.teacher_prompt, "convert_to_numpy": True}
+            vectors = teacher.encode(texts, show_progress_bar=True, **options).astype(np.float32)
+            if file is not None:
+                with staged_file(file) as out:
+                    np.save(out, vectors)
+                _note(file).write_text(json.dumps({"teacher": self.teacher, "texts": digest}))
+        norms = np.linalg.norm(vectors.astype(np.float32), axis=1, keepdims=True)
+        if not np.isfinite(norms).all() or (norms == 0).any():
+            bad = int(np.flatnonzero(~(norms[:, 0] > 0) | ~np.isfinite(norms[:, 0]))[0])
+            raise ValueError(f"the teacher's vector of text {bad} is zero or not finite: {texts[bad][:60]!r}")
+        return vectors.astype(np.float32) / norms
+
+    def make_loss(self, encoder: SentenceTransformer) -> nn.Module:
+        return UnitDistance(encoder)
+
+
+class UnitDistance(nn.Module):
+    """The squared distance of unit vectors, 2 - 2 cos, between the encoder's and its targets.
+
+    Args:
+        model: the encoder.
+    """
+
+    def __init__(self, model: SentenceTransformer):
+        super().__init__()
+        self.model = model
+
+    def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor) -> Tensor:
+        """Return the mean over the batch; labels are (B, D) unit vectors."""
+        [features] = sentence_features
+        vectors = F.normalize(self.model(features)["sentence_embedding"].float(), dim=1)
+        return (vectors - labels.to(vectors)).square().sum(1).mean()
+
+
+def text_digest(texts: Iterable[str]) -> str:
+    """Return a digest of texts and their order."""
+    digest = hashlib.sha256()
+    for text in texts:
+        digest.update(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest())
+    return digest.hexdigest()[:16]
+
+
+def _note(file: Path) -> Path:
+    """What stands beside a file of vectors: whose they are."""
+    return file.with_suffix(".json")

@@ -1,0 +1,50 @@
+"""NV-Embed's second stage: instruction tuning on blended tasks, each anchor against its own negatives alone.
+
+Retrieval, classification, clustering and STS sets are mixed within a batch, so a batch's other positives may
+be right answers: in-batch negatives are off (arXiv 2405.17428, section 4.2). Instructions stand before the
+texts, are attended and never pooled.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from datasets import DatasetDict
+from sentence_transformers import SentenceTransformer
+from torch import nn
+
+from uncausal.encoder.training.losses import InfoNCELoss
+from uncausal.encoder.training.stages.contrastive import Contrastive
+
+
+@dataclass(kw_only=True)
+class Instruction(Contrastive):
+    """Contrast with each anchor's own hard negatives, over tasks blended within a batch.
+
+    Every row needs at least one negative. Defaults are NV-Embed's second stage.
+    """
+
+    max_steps: int = 18000
+    batch_size: int = 128
+    learning_rate: float = 1.5e-5
+    warmup_steps: int = 500
+    weight_decay: float = 0.03
+    lora_dropout: float = 0.1
+
+    def prepare(self, encoder: SentenceTransformer, data: Any) -> Any:
+        dataset = super().prepare(encoder, data)
+        for name, part in dataset.items() if isinstance(dataset, DatasetDict) else [("data", dataset)]:
+            if not any(column.startswith("negative") for column in part.column_names):
+                raise ValueError(
+                    f"{name}: the instruction stage contrasts with each row's own negatives, and there is no "
+                    f"column `negative` among {part.column_names}: mine some, or use the contrastive stage"
+                )
+        return dataset
+
+    def make_loss(self, encoder: SentenceTransformer) -> nn.Module:
+        return InfoNCELoss(
+            encoder,
+            temperature=self.temperature,
+            hard_negatives="own",
+            in_batch_negatives=False,
+            mini_batch_size=self.mini_batch_size,
+        )
