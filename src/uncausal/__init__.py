@@ -33,6 +33,9 @@ _HOME = {
     "run_recipe": "encoder.training.recipes",
     "MNTP": "encoder.training.stages.mntp",
     "Contrastive": "encoder.training.stages.contrastive",
+    "Distill": "encoder.training.stages.distill",
+    "Instruction": "encoder.training.stages.instruction",
+    "Mining": "encoder.training.mining",
     "SimCSE": "encoder.training.stages.simcse",
     "train": "encoder.training.run",
 }
@@ -43,10 +46,13 @@ if TYPE_CHECKING:
     from uncausal.encoder.model import Encoder
     from uncausal.encoder.pooling import LatentPooling, pool_packed
     from uncausal.encoder.pruning import l3prune, layer_losses, prune_layers
+    from uncausal.encoder.training.mining import Mining
     from uncausal.encoder.training.losses import InfoNCELoss, masked_next_token_loss
     from uncausal.encoder.training.recipes import load_recipe, run_recipe
     from uncausal.encoder.training.run import train
     from uncausal.encoder.training.stages.contrastive import Contrastive
+    from uncausal.encoder.training.stages.distill import Distill
+    from uncausal.encoder.training.stages.instruction import Instruction
     from uncausal.encoder.training.stages.mntp import MNTP
     from uncausal.encoder.training.stages.simcse import SimCSE
     from uncausal.kernels.attention import flash_attn_func, flash_attn_varlen_func

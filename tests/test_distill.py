@@ -1,0 +1,105 @@
+"""Distillation: what the student learns, and which vectors are refused."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+
+from uncausal import Encoder, train
+from uncausal.encoder.training.stages.distill import Distill, UnitDistance
+
+WORDS = "the a cat dog king sees likes paints river music two apples long road home".split()
+TEXTS = [" ".join(WORDS[(i * k) % 15] for k in range(1, 4 + i % 3)) for i in range(120)]
+FAST = {"batch_size": 16, "lora_r": 4, "bf16": False, "learning_rate": 5e-3, "logging_steps": 5}
+
+
+def bag_of_words(width):
+    """A teacher's vectors, which the words of a text add up to."""
+    words = dict(zip(WORDS, np.random.default_rng(0).normal(size=(15, width)), strict=True))
+    return np.float32([sum(words[word] for word in text.split()) for text in TEXTS])
+
+
+def load(path):
+    return Encoder.from_pretrained(path, device="cpu", dtype="float32")
+
+
+def test_student_learns_the_teachers_space(tiny_checkpoint, tmp_path):
+    """A teacher of 16 dimensions teaches an encoder of 32: the appended map is trained, saved and loaded."""
+    np.save(tmp_path / "vectors.npy", bag_of_words(16))
+    encoder = load(tiny_checkpoint)
+    stage = Distill(vectors=str(tmp_path / "vectors.npy"), max_steps=60, **FAST)
+    before = UnitDistance(encoder)
+    result = train(encoder, stage, TEXTS, tmp_path / "run", progress=False)
+    losses = [line["loss"] for line in result.history if "loss" in line]
+    assert losses[0] > 0.8 and losses[-1] < 0.4
+    unit = bag_of_words(16) / np.linalg.norm(bag_of_words(16), axis=1, keepdims=True)
+    found = encoder.encode(TEXTS, normalize_embeddings=True)
+    assert found.shape == (120, 16) and (found * unit).sum(1).mean() > 0.8
+    encoder.save_pretrained(str(tmp_path / "saved"))
+    assert np.allclose(
+        SentenceTransformer(str(tmp_path / "saved")).encode(TEXTS[:9]), encoder.encode(TEXTS[:9]), atol=1e-5
+    )
+    assert before.model is encoder
+
+
+def test_resumed_run_ends_where_a_whole_one_does(tiny_checkpoint, tmp_path):
+    """The appended map is part of the checkpoint: its start depends on the seed, its end on all steps."""
+    np.save(tmp_path / "vectors.npy", bag_of_words(16))
+    stage = Distill(vectors=str(tmp_path / "vectors.npy"), max_steps=8, save_steps=4, **FAST)
+    ends = []
+    for run in ("whole", "again"):
+        encoder = load(tiny_checkpoint)
+        train(encoder, stage, TEXTS, tmp_path / run, progress=False)
+        if run == "again":
+            for path in (tmp_path / run / "adapter", tmp_path / run / "checkpoint-8"):
+                path.rename(tmp_path / path.name)
+            encoder = load(tiny_checkpoint)
+            assert train(encoder, stage, TEXTS, tmp_path / run, progress=False).steps == 4
+        ends.append(encoder.encode(TEXTS[:20]))
+    assert np.array_equal(*ends)
+
+
+def test_own_full_depth_teaches_the_pruned(tiny_checkpoint, tmp_path):
+    """No map where dimensions agree; the teacher's vectors are written once and found again."""
+    load(tiny_checkpoint).save_pretrained(str(tmp_path / "teacher"))
+    student = load(tiny_checkpoint)
+    student.prune(1)
+    file = tmp_path / "vectors.npy"
+    stage = Distill(teacher=str(tmp_path / "teacher"), vectors=str(file), max_steps=2, **FAST)
+    train(student, stage, TEXTS, tmp_path / "run", progress=False)
+    assert len(student) == 2 and student.get_embedding_dimension() == 32
+    np.testing.assert_allclose(np.load(file), load(tiny_checkpoint).encode(TEXTS), atol=1e-5)
+    assert json.loads(file.with_suffix(".json").read_text())["teacher"] == str(tmp_path / "teacher")
+    changed = Distill(teacher="no such model", vectors=str(file))
+    assert np.allclose(np.linalg.norm(changed.targets(TEXTS, "cpu"), axis=1), 1)
+
+
+def test_loss_is_two_minus_two_cosines():
+    class Fixed(torch.nn.Module):
+        def forward(self, features):
+            return {"sentence_embedding": torch.tensor([[3.0, 0.0], [0.0, 2.0]])}
+
+    labels = torch.tensor([[0.0, 1.0], [0.0, 1.0]])
+    assert UnitDistance(Fixed())([{}], labels).item() == pytest.approx((2 + 0) / 2)  # type: ignore[arg-type]
+
+
+def test_wrong_vectors_are_refused(tiny_checkpoint, tmp_path):
+    encoder, file = load(tiny_checkpoint), tmp_path / "vectors.npy"
+    with pytest.raises(ValueError, match=r"Distill.teacher is None; it must be a model's name"):
+        Distill()
+    stage = Distill(vectors=str(file))
+    with pytest.raises(FileNotFoundError, match="no such file of vectors: .*vectors.npy"):
+        stage.prepare(encoder, TEXTS)
+    np.save(file, bag_of_words(16)[:7])
+    with pytest.raises(ValueError, match="vectors of 7 other texts, not of these 120"):
+        stage.prepare(encoder, TEXTS)
+    np.save(file, bag_of_words(16))
+    file.with_suffix(".json").write_text('{"texts": "others"}')
+    with pytest.raises(ValueError, match="other texts"):
+        stage.prepare(encoder, TEXTS)
+    file.with_suffix(".json").unlink()
+    np.save(file, np.where(np.arange(120)[:, None] == 5, 0, bag_of_words(16)))
+    with pytest.raises(ValueError, match="vector of text 5 is zero or not finite"):
+        stage.prepare(encoder, TEXTS)
