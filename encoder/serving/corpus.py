@@ -1,8 +1,7 @@
 """Corpora larger than memory: a stream of texts to Parquet shards that a killed run goes on from.
 
-Shard k holds rows k * N to (k + 1) * N - 1 of the input. It is encoded by itself, from its own texts alone,
-so its bytes do not depend on who encodes it or when: a rerun, other processes (`shard=(i, n)`) and other engines
-write the same files.
+Shard k holds rows k * N to (k + 1) * N - 1 of the input and is encoded from its own texts alone, so its bytes
+do not depend on who encodes it or when: a rerun, and other processes (`shard=(i, n)`), write the same files.
 
 manifest.json              settings, model digest and versions, the same for every process
 part-00000.parquet         columns id and embedding, written whole or not at all
