@@ -25,7 +25,7 @@ _OPTIONS = "float scale, int left, int right, float softcap, float dropout_p, bo
 def _torch_arguments(q, k, cu_seqlens_q, cu_seqlens_k, seed, options: Options, direct: bool):
     """The plan of the torch path; torch's own kernel takes sequences directly where options allow it."""
     heads = k.shape[1]
-    direct = direct and q.device.type == "cpu" and options[1:5] == (-1, -1, 0, 0)
+    direct = direct and q.device.type == "cpu" and options.plain
     cu_q, cu_k = tuple(cu_seqlens_q.tolist()), tuple(cu_seqlens_k.tolist())
     compiled = (
         q.device.type == "cpu"
@@ -45,6 +45,7 @@ def _flash_attn_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, seed, maps, *rest):
     *scores, shared, backend = rest
     options = Options(*scores, seed=0, shared=shared)
     if backend == "triton":
+        maps = attention_triton.TileMaps(*maps)
         return attention_triton.attention_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, seed, maps, options)
     arguments = _torch_arguments(q, k, cu_seqlens_q, cu_seqlens_k, seed, options, True)
     with torch.autocast(q.device.type, enabled=False):  # its products are fp32 whatever the model's are
@@ -68,6 +69,7 @@ def _flash_attn_varlen_backward(dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_
     *scores, shared, backend = rest
     options = Options(*scores, seed=0, shared=shared)
     if backend == "triton":
+        maps = attention_triton.TileMaps(*maps)
         return attention_triton.attention_backward(
             dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, seed, maps, options
         )
@@ -178,7 +180,7 @@ def flash_attn_varlen_func(
         layouts = _layouts(layout, cu_seqlens_q, cu_seqlens_k, q, k)
         options = options._replace(shared=any(attention_triton.may_share_tiles(x) for x in layouts))
         backward = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-        maps = attention_triton.tile_maps(*layouts, q, k, options, backward)
+        maps = attention_triton.tile_maps(*layouts, q, k, options, backward).tensors()
     out, lse = _flash_attn_varlen(
         q, k, v, cu_seqlens_q, cu_seqlens_k, seed, maps, *options[:5], options.shared, backend
     )

@@ -36,6 +36,11 @@ class Options(NamedTuple):
     seed: int
     shared: bool = False  # whether several sequences may share a tile of the kernels
 
+    @property
+    def plain(self) -> bool:
+        """Whether no score is outside a window, capped or dropped."""
+        return self.left < 0 and self.right < 0 and self.softcap == 0 and self.dropout_p == 0
+
 
 class Side(NamedTuple):
     """The queries or the keys of a bucket of n sequences, padded to one length."""

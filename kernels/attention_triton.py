@@ -13,7 +13,7 @@ Layout legend: T packed tokens, H query heads, HK key heads, G = H / HK, D head 
 # (inside a kernel, and in a launch, values are not what their annotations say)
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -22,7 +22,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from uncausal.kernels.attention_torch import Options, dropout_threshold
-from uncausal.kernels.launch import architecture, attention_config
+from uncausal.kernels.launch import OWN_TILE_TOKENS, architecture, attention_config
 from uncausal.kernels.packing import PackedLayout
 
 _LOG2E = math.log2(math.e)
@@ -405,8 +405,22 @@ def _attn_bwd_dkv_kernel(
         tl.store(dv_ptr + offs_g, dv.to(dv_ptr.dtype.element_ty), mask=mask)
 
 
+class TileMaps(NamedTuple):
+    """What the programs of a batch's launches work on; `PackedLayout` makes each map."""
+
+    sequences_q: Tensor  # (T,) int32, the sequence of every query token
+    tiles_fwd: Tensor  # (N, 2) int32, rows of queries
+    tiles_dq: Tensor | None = None  # (N, 2), rows of queries; backward alone needs it, and what follows
+    sequences_k: Tensor | None = None  # (Tk,) int32, the sequence of every key token
+    tiles_dkv: Tensor | None = None  # (N, 2), key tokens
+
+    def tensors(self) -> list[Tensor]:
+        """The maps in this order, as the op takes them."""
+        return [x for x in self if x is not None]
+
+
 def _config(kernel: str, q: Tensor, options: Options) -> dict[str, Any]:
-    plain = not options.shared and options[1:5] == (-1, -1, 0, 0)
+    plain = not options.shared and options.plain
     return attention_config(kernel, q.shape[2], q.element_size(), architecture(q.device), plain)
 
 
@@ -417,21 +431,26 @@ def addressable(x: Tensor) -> Tensor:
 
 def may_share_tiles(layout: PackedLayout) -> bool:
     """Tell whether several sequences of a layout may share a tile, the case where lengths are unknown."""
-    return layout.lengths is None or min(layout.lengths, default=0) < 128
+    return layout.lengths is None or any(n < OWN_TILE_TOKENS for n in layout.lengths)
 
 
 def tile_maps(
     layout_q: PackedLayout, layout_k: PackedLayout, q: Tensor, k: Tensor, options: Options, backward: bool
-) -> list[Tensor]:
-    """Return the maps that the kernels walk: tokens' sequences and tiles, of queries and then of keys."""
+) -> TileMaps:
+    """Return the maps that forward walks, and with `backward` those of the gradients."""
     group = q.shape[1] // k.shape[1]
-    maps = [layout_q.sequence_of_token(), layout_q.tiles(_config("fwd", q, options)["BLOCK_M"], group)]
-    if backward:
-        # dropout wants keys from a multiple of 32 on, so that a tile gives up to 31 of them away
-        block = _config("dkv", q, options)["BLOCK_N"] - (32 if options.dropout_p > 0 else 0)
-        maps += [layout_q.tiles(_config("dq", q, options)["BLOCK_M"], group)]
-        maps += [layout_k.sequence_of_token(), layout_k.tiles(block)]
-    return maps
+    maps = TileMaps(
+        layout_q.sequence_of_token(), layout_q.tiles(_config("fwd", q, options)["BLOCK_M"], group)
+    )
+    if not backward:
+        return maps
+    # dropout wants keys from a multiple of 32 on, so that a tile gives up to 31 of them away
+    block = _config("dkv", q, options)["BLOCK_N"] - (32 if options.dropout_p > 0 else 0)
+    return maps._replace(
+        tiles_dq=layout_q.tiles(_config("dq", q, options)["BLOCK_M"], group),
+        sequences_k=layout_k.sequence_of_token(),
+        tiles_dkv=layout_k.tiles(block),
+    )
 
 
 def _arguments(q, k, v, cu_seqlens_q, cu_seqlens_k, seed, options: Options) -> dict[str, Any]:
@@ -478,18 +497,18 @@ def attention_forward(
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
     seed: Tensor | None,
-    maps: list[Tensor],
+    maps: TileMaps,
     options: Options,
 ) -> tuple[Tensor, Tensor]:
-    """Return out (T, H, D) and lse (H, T); `tile_maps` makes the maps."""
-    sequences, tiles = maps[:2]
+    """Return out (T, H, D) and lse (H, T)."""
+    tiles = maps.tiles_fwd
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
     if len(tiles):
         _attn_fwd_kernel[len(tiles), k.shape[1]](
             **_arguments(q, k, v, cu_seqlens_q, cu_seqlens_k, seed, options),
             **_descriptors(k, v, _config("fwd", q, options)),
-            out_ptr=out, lse_ptr=lse, seq_ptr=sequences, tiles_ptr=tiles,
+            out_ptr=out, lse_ptr=lse, seq_ptr=maps.sequences_q, tiles_ptr=tiles,
             stride_ot=out.stride(0), stride_oh=out.stride(1),
         )  # fmt: skip
     return out, lse
@@ -506,20 +525,21 @@ def attention_backward(
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
     seed: Tensor | None,
-    maps: list[Tensor],
+    maps: TileMaps,
     options: Options,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of q, k and v."""
+    tiles_dq, tiles_dkv = maps.tiles_dq, maps.tiles_dkv
+    assert tiles_dq is not None and tiles_dkv is not None
     dout = addressable(dout)
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     lse2, delta = torch.empty_like(lse), torch.empty_like(lse)
-    sequences_q, _, tiles_q, sequences_k, tiles_k = maps
     arguments = _arguments(q, k, v, cu_seqlens_q, cu_seqlens_k, seed, options)
     arguments |= dict(
         dout_ptr=dout, lse2_ptr=lse2, delta_ptr=delta, softmax_scale=options.scale,
         stride_dt=dout.stride(0), stride_dh=dout.stride(1),
     )  # fmt: skip
-    if len(tiles_q):
+    if len(tiles_dq):
         rows = 2048 // arguments["BLOCK_D"]
         _attn_bwd_stats_kernel[triton.cdiv(q.shape[0], rows), q.shape[1]](
             out_ptr=out, dout_ptr=dout, lse_ptr=lse, dlse_ptr=None if dlse is None else dlse.contiguous(),
@@ -528,17 +548,18 @@ def attention_backward(
             stride_dh=dout.stride(1), stride_lh=lse.stride(0), num_tokens=q.shape[0],
             D=q.shape[2], BLOCK_D=arguments["BLOCK_D"], BLOCK_M=rows, HAS_DLSE=dlse is not None,
         )  # fmt: skip
-        _attn_bwd_dq_kernel[len(tiles_q), k.shape[1]](
+        _attn_bwd_dq_kernel[len(tiles_dq), k.shape[1]](
             **arguments, **_descriptors(k, v, _config("dq", q, options)),
-            dq_ptr=dq, seq_ptr=sequences_q, tiles_ptr=tiles_q, stride_gt=dq.stride(0), stride_gh=dq.stride(1),
+            dq_ptr=dq, seq_ptr=maps.sequences_q, tiles_ptr=tiles_dq,
+            stride_gt=dq.stride(0), stride_gh=dq.stride(1),
         )  # fmt: skip
     # above 128 dimensions, 64 in fp32, the registers hold one of the two sums
     both = q.shape[2] * q.element_size() <= 256
     parts = [(True, True)] if both else [(True, False), (False, True)]
-    for want_dk, want_dv in parts if len(tiles_k) else ():
-        _attn_bwd_dkv_kernel[len(tiles_k), k.shape[1]](
+    for want_dk, want_dv in parts if len(tiles_dkv) else ():
+        _attn_bwd_dkv_kernel[len(tiles_dkv), k.shape[1]](
             **arguments, **_config("dkv", q, options),
-            dk_ptr=dk, dv_ptr=dv, seq_ptr=sequences_k, tiles_ptr=tiles_k,
+            dk_ptr=dk, dv_ptr=dv, seq_ptr=maps.sequences_k, tiles_ptr=tiles_dkv,
             stride_gt=dk.stride(0), stride_gh=dk.stride(1), DK=want_dk, DV=want_dv,
         )  # fmt: skip
     return dq, dk, dv

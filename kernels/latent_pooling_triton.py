@@ -26,7 +26,7 @@ from torch import Tensor
 
 from uncausal.kernels import latent_pooling_torch as plain
 from uncausal.kernels.latent_pooling_torch import LinearGradients, Norm, normalise, sequence_ids
-from uncausal.kernels.launch import architecture
+from uncausal.kernels.launch import Tile, architecture
 
 SLAB_ROWS = 4096  # tokens whose (rows, F) gradient exists at a time in backward
 GROUP_M = 8  # row tiles that share their columns of the weight in the second-level cache
@@ -139,7 +139,7 @@ def _softmax_bwd_kernel(
 
 
 @triton.jit
-def _tile(T, W: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
+def _place(T, W: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
     """Row and column tile of a program; GROUP row tiles pass over the columns together."""
     rows, cols = tl.cdiv(T, BLOCK_M), tl.cdiv(W, BLOCK_N)
     pid = tl.program_id(0)
@@ -155,7 +155,7 @@ def _mlp_pool_kernel(
     D: tl.constexpr, W: tl.constexpr, GATED: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    tile, column = _tile(T, W, BLOCK_M, BLOCK_N, GROUP)
+    tile, column = _place(T, W, BLOCK_M, BLOCK_N, GROUP)
     offs_m, offs_n = tile * BLOCK_M + tl.arange(0, BLOCK_M), column * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_m, mask_n = offs_m < T, offs_n < W
     z, gate = _preactivation(x_ptr, up_ptr, bias_ptr, offs_m, mask_m, offs_n, mask_n, D, W, GATED, BLOCK_K)
@@ -174,7 +174,7 @@ def _mlp_pool_bwd_kernel(
     D: tl.constexpr, W: tl.constexpr, GATED: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    tile, column = _tile(T, W, BLOCK_M, BLOCK_N, GROUP)
+    tile, column = _place(T, W, BLOCK_M, BLOCK_N, GROUP)
     offs_m, offs_n = tile * BLOCK_M + tl.arange(0, BLOCK_M), column * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_m, mask_n = offs_m < T, offs_n < W
     mask = mask_m[:, None] & mask_n[None, :]
@@ -253,23 +253,35 @@ def _row_sum_kernel(
     tl.store(out_ptr + s.to(tl.int64) * W + offs_n, tl.sum(acc, axis=0), mask_n)
 
 
-# kernel: (BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages); the softmax's columns are all latents of a head
-_AMPERE = {"softmax": (64, 0, 32, 8, 2), "mlp": (128, 64, 32, 8, 3), "plain": (32, 32, 32, 8, 2)}
-_HOPPER = {"softmax": (64, 0, 32, 8, 2), "mlp": (128, 64, 64, 8, 3), "plain": (64, 32, 32, 8, 2)}
-_CDNA = {"softmax": (64, 0, 32, 8, 2), "mlp": (128, 64, 32, 8, 2), "plain": (32, 16, 32, 8, 2)}
+# the softmax's columns are all latents of a head
+_AMPERE = {
+    "softmax": Tile(64, 0, 8, 2, block_k=32),
+    "mlp": Tile(128, 64, 8, 3, block_k=32),
+    "plain": Tile(32, 32, 8, 2, block_k=32),
+}
+_HOPPER = {
+    "softmax": Tile(64, 0, 8, 2, block_k=32),
+    "mlp": Tile(128, 64, 8, 3, block_k=64),
+    "plain": Tile(64, 32, 8, 2, block_k=32),
+}
+_CDNA = {
+    "softmax": Tile(64, 0, 8, 2, block_k=32),
+    "mlp": Tile(128, 64, 8, 2, block_k=32),
+    "plain": Tile(32, 16, 8, 2, block_k=32),
+}
 CONFIGS = {
     "sm80": _AMPERE,
     "sm86": _AMPERE,
     "sm90": _HOPPER,
     "sm100": _HOPPER,
-    "sm120": {**_AMPERE, "plain": (32, 32, 32, 4, 2)},  # with 8 warps the gated form spills
+    "sm120": {**_AMPERE, "plain": Tile(32, 32, 4, 2, block_k=32)},  # with 8 warps the gated form spills
     "gfx942": _CDNA,
     "gfx950": _CDNA,
 }
 
 
 @functools.cache
-def _config(kernel: str, device: torch.device) -> tuple[int, int, int, int, int]:
+def _tile(kernel: str, device: torch.device) -> Tile:
     return CONFIGS[architecture(device)][kernel]
 
 
@@ -285,11 +297,11 @@ def softmax(x: Tensor, norm: Norm, score: Tensor, num_heads: int) -> Tensor:
     x, score = normalise(x, norm), score.contiguous()
     (tokens, d), latents = x.shape, score.shape[0] // num_heads
     probs = x.new_empty(tokens, score.shape[0])
-    block_m, _, block_k, warps, stages = _config("softmax", x.device)
-    _softmax_kernel[(triton.cdiv(tokens, block_m), num_heads)](
-        x, score, probs, tokens, D=d, H=num_heads, R=latents, BLOCK_M=block_m,
-        BLOCK_R=max(16, triton.next_power_of_2(latents)), BLOCK_K=block_k,
-        num_warps=warps, num_stages=stages,
+    tile = _tile("softmax", x.device)
+    _softmax_kernel[(triton.cdiv(tokens, tile.block_m), num_heads)](
+        x, score, probs, tokens, D=d, H=num_heads, R=latents, BLOCK_M=tile.block_m,
+        BLOCK_R=max(16, triton.next_power_of_2(latents)), BLOCK_K=tile.block_k,
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     return probs
 
@@ -339,15 +351,16 @@ def mlp_pool(
     """Sum weights * act(LN(x) up^T + up_bias) over each sequence, and with residual weights * x."""
     (tokens, d), batch = x.shape, cu_seqlens.shape[0] - 1
     width = up.shape[0] // 2 if gated else up.shape[0]
-    block_m, block_n, block_k, warps, stages = _config("mlp", x.device)
-    tiles, ids = triton.cdiv(tokens, block_m), sequence_ids(cu_seqlens, tokens)
+    tile = _tile("mlp", x.device)
+    tiles, ids = triton.cdiv(tokens, tile.block_m), sequence_ids(cu_seqlens, tokens)
     partial = weights.new_empty(tiles + batch, width)
-    _mlp_pool_kernel[(tiles * triton.cdiv(width, block_n),)](
+    _mlp_pool_kernel[(tiles * triton.cdiv(width, tile.block_n),)](
         normalise(x, norm), up.contiguous(), up_bias, weights, ids, partial, tokens,
-        D=d, W=width, GATED=gated, GROUP=GROUP_M, 
-        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=warps, num_stages=stages,
+        D=d, W=width, GATED=gated, GROUP=GROUP_M,
+        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
-    inner = _reduce(partial, cu_seqlens, block_m)
+    inner = _reduce(partial, cu_seqlens, tile.block_m)
     outer = _row_sums(x, weights, cu_seqlens[:-1], cu_seqlens[1:]) if residual else weights.new_empty(0)
     return inner, outer
 
@@ -366,15 +379,16 @@ def mlp_pool_backward(
     """Gradients of `mlp_pool` for x, the norm and up, and for up_bias; computes the pre-activation again."""
     ids, dinner, up = sequence_ids(cu_seqlens, x.shape[0]), dinner.contiguous(), up.contiguous()
     grads, dbias = LinearGradients(x, norm, up), torch.zeros_like(up_bias)
-    block_m, block_n, block_k, warps, stages = _config("mlp", x.device)
+    tile = _tile("mlp", x.device)
     for rows in plain.slabs(x.shape[0], SLAB_ROWS):
         normed = normalise(x[rows], norm)
         dz = x.new_empty(len(normed), up.shape[0])
-        grid = (triton.cdiv(len(normed), block_m) * triton.cdiv(dinner.shape[1], block_n),)
+        grid = (triton.cdiv(len(normed), tile.block_m) * triton.cdiv(dinner.shape[1], tile.block_n),)
         _mlp_pool_bwd_kernel[grid](
             dinner, normed, up, up_bias, weights[rows], ids[rows], dz, len(normed),
-            D=x.shape[1], W=dinner.shape[1], GATED=gated, GROUP=GROUP_M, BLOCK_M=block_m, BLOCK_N=block_n,
-            BLOCK_K=block_k, num_warps=warps, num_stages=stages,
+            D=x.shape[1], W=dinner.shape[1], GATED=gated, GROUP=GROUP_M,
+            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
+            num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
         dbias += dz.sum(0, dtype=dbias.dtype)
         grads.add(rows, normed, dz)
@@ -398,14 +412,14 @@ def plain_pool(
         probs = softmax(x, None, score, num_heads)
         return mlp_pool(probs, None, value, up_bias, weights, cu_seqlens, gated, False)[0]
     (tokens, d), width = x.shape, value.shape[0] // 2 if gated else value.shape[0]
-    block_m, block_n, block_k, warps, stages = _config("plain", x.device)
-    block_n = max(16, block_n // 2) if gated else block_n  # two products a column
-    tiles, ids = triton.cdiv(tokens, block_m), sequence_ids(cu_seqlens, tokens)
+    tile = _tile("plain", x.device)
+    block_n = max(16, tile.block_n // 2) if gated else tile.block_n  # two products a column
+    tiles, ids = triton.cdiv(tokens, tile.block_m), sequence_ids(cu_seqlens, tokens)
     partial = weights.new_empty(tiles + cu_seqlens.shape[0] - 1, width)
     _plain_pool_kernel[(tiles,)](
         x, score.contiguous(), value.contiguous(), up_bias, weights, ids, partial, tokens,
         D=d, H=num_heads, R=score.shape[0] // num_heads, W=width, GATED=gated,
-        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
-        num_warps=warps, num_stages=stages,
+        BLOCK_M=tile.block_m, BLOCK_N=block_n, BLOCK_K=tile.block_k,
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
-    return _reduce(partial, cu_seqlens, block_m)
+    return _reduce(partial, cu_seqlens, tile.block_m)

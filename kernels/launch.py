@@ -1,12 +1,22 @@
 """Where and how kernels run: the choice of backend, and launch configurations per architecture."""
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 ARCHS = ("sm80", "sm86", "sm90", "sm100", "sm120", "gfx942", "gfx950")
+
+
+class Tile(NamedTuple):
+    """What one program computes, and with what."""
+
+    block_m: int  # rows
+    block_n: int  # columns; 0 where they are all of the operand's
+    num_warps: int
+    num_stages: int
+    block_k: int = 0  # step along the dimension that products sum over; 0 for all of it at once
 
 
 def resolve_backend(backend: str, tensor: Tensor) -> str:
@@ -58,67 +68,85 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-# Attention: BLOCK_M, BLOCK_N, num_warps, num_stages by kernel, architecture, bytes per element and the head
-# dimension up to which they hold. The static report picked them: no spills, then the best modelled bound.
-# "sm86" stands for sm120 too, which has as little shared memory.
+# Attention: tiles by kernel, architecture, bytes per element and the head dimension up to which they hold.
+# The static report picked them: no spills, then the best modelled bound. "sm86" stands for sm120 too, which
+# has as little shared memory.
 
-_Tables = dict[str, dict[tuple[str, int], dict[int, tuple[int, int, int, int]]]]
+_Tables = dict[str, dict[tuple[str, int], dict[int, Tile]]]
 
 # Where short sequences share tiles, blocks need more registers, as dropout and softcap do; and smaller tiles
 # waste less of a block.
 _ATTENTION: _Tables = {
     "fwd": {
-        ("cuda", 2): {128: (64, 32, 4, 2), 256: (64, 32, 8, 2)},
-        ("sm100", 2): {64: (64, 32, 4, 2), 128: (64, 32, 4, 1), 256: (64, 32, 8, 2)},
-        ("hip", 2): {128: (64, 32, 4, 2), 256: (32, 32, 4, 2)},
-        ("cuda", 4): {64: (32, 32, 4, 1), 128: (16, 32, 8, 1)},
-        ("sm86", 4): {128: (32, 32, 8, 1)},
-        ("hip", 4): {64: (64, 32, 4, 1), 128: (32, 32, 4, 1)},
+        ("cuda", 2): {128: Tile(64, 32, 4, 2), 256: Tile(64, 32, 8, 2)},
+        ("sm100", 2): {64: Tile(64, 32, 4, 2), 128: Tile(64, 32, 4, 1), 256: Tile(64, 32, 8, 2)},
+        ("hip", 2): {128: Tile(64, 32, 4, 2), 256: Tile(32, 32, 4, 2)},
+        ("cuda", 4): {64: Tile(32, 32, 4, 1), 128: Tile(16, 32, 8, 1)},
+        ("sm86", 4): {128: Tile(32, 32, 8, 1)},
+        ("hip", 4): {64: Tile(64, 32, 4, 1), 128: Tile(32, 32, 4, 1)},
     },
     "dq": {
-        ("cuda", 2): {128: (64, 32, 4, 2), 256: (32, 32, 8, 2)},
-        ("sm90", 2): {128: (64, 32, 4, 2), 256: (32, 32, 4, 2)},  # 64 rows, as HGMMA needs, would spill
-        ("sm100", 2): {128: (64, 32, 4, 2), 256: (64, 32, 8, 2)},
-        ("hip", 2): {128: (64, 32, 4, 2), 256: (32, 32, 4, 2)},
-        ("cuda", 4): {128: (32, 32, 8, 1)},
-        ("hip", 4): {128: (32, 32, 4, 1)},
+        ("cuda", 2): {128: Tile(64, 32, 4, 2), 256: Tile(32, 32, 8, 2)},
+        ("sm90", 2): {
+            128: Tile(64, 32, 4, 2),
+            256: Tile(32, 32, 4, 2),
+        },  # 64 rows, as HGMMA needs, would spill
+        ("sm100", 2): {128: Tile(64, 32, 4, 2), 256: Tile(64, 32, 8, 2)},
+        ("hip", 2): {128: Tile(64, 32, 4, 2), 256: Tile(32, 32, 4, 2)},
+        ("cuda", 4): {128: Tile(32, 32, 8, 1)},
+        ("hip", 4): {128: Tile(32, 32, 4, 1)},
     },
     "dkv": {
-        ("cuda", 2): {64: (16, 64, 4, 2), 128: (16, 64, 8, 1), 256: (32, 64, 8, 1)},
-        ("sm86", 2): {64: (16, 64, 8, 2), 128: (16, 64, 8, 1), 256: (32, 64, 8, 1)},
-        ("sm90", 2): {64: (16, 64, 4, 2), 128: (16, 64, 4, 1), 256: (16, 128, 8, 1)},
-        ("sm100", 2): {64: (16, 64, 4, 2), 128: (16, 64, 4, 1), 256: (16, 64, 8, 1)},
-        ("hip", 2): {128: (16, 64, 4, 2), 256: (16, 64, 4, 1)},
-        ("cuda", 4): {128: (16, 64, 8, 2)},
-        ("hip", 4): {128: (16, 64, 4, 1)},
+        ("cuda", 2): {64: Tile(16, 64, 4, 2), 128: Tile(16, 64, 8, 1), 256: Tile(32, 64, 8, 1)},
+        ("sm86", 2): {64: Tile(16, 64, 8, 2), 128: Tile(16, 64, 8, 1), 256: Tile(32, 64, 8, 1)},
+        ("sm90", 2): {64: Tile(16, 64, 4, 2), 128: Tile(16, 64, 4, 1), 256: Tile(16, 128, 8, 1)},
+        ("sm100", 2): {64: Tile(16, 64, 4, 2), 128: Tile(16, 64, 4, 1), 256: Tile(16, 64, 8, 1)},
+        ("hip", 2): {128: Tile(16, 64, 4, 2), 256: Tile(16, 64, 4, 1)},
+        ("cuda", 4): {128: Tile(16, 64, 8, 2)},
+        ("hip", 4): {128: Tile(16, 64, 4, 1)},
     },
 }
 
-# Larger ones for sequences of at least 128 tokens attended without options; without an entry, the above hold.
+# Larger ones for sequences that share no tile, attended without options; without an entry, the above hold.
 _ATTENTION_PLAIN: _Tables = {
     "fwd": {
-        ("cuda", 2): {64: (128, 128, 8, 2), 128: (128, 64, 8, 2), 256: (64, 64, 8, 2)},
-        ("sm86", 2): {64: (128, 64, 8, 2), 128: (128, 32, 8, 2), 256: (64, 32, 8, 2)},
+        ("cuda", 2): {64: Tile(128, 128, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(64, 64, 8, 2)},
+        ("sm86", 2): {64: Tile(128, 64, 8, 2), 128: Tile(128, 32, 8, 2), 256: Tile(64, 32, 8, 2)},
         # descriptors, which take powers of two, save the registers of pointers
         ("sm90", 2): {
-            64: (128, 128, 8, 2),
-            127: (128, 64, 8, 2),
-            128: (128, 128, 8, 2),
-            256: (128, 32, 8, 2),
+            64: Tile(128, 128, 8, 2),
+            127: Tile(128, 64, 8, 2),
+            128: Tile(128, 128, 8, 2),
+            256: Tile(128, 32, 8, 2),
         },
-        ("hip", 2): {64: (128, 64, 4, 2), 128: (128, 64, 4, 1), 256: (64, 32, 4, 1)},
+        ("hip", 2): {64: Tile(128, 64, 4, 2), 128: Tile(128, 64, 4, 1), 256: Tile(64, 32, 4, 1)},
     },
     "dq": {
-        ("cuda", 2): {32: (64, 32, 4, 2), 64: (64, 64, 4, 2), 128: (64, 32, 4, 2), 256: (32, 32, 4, 2)},
-        ("sm90", 2): {64: (64, 64, 4, 2), 128: (64, 32, 4, 2), 256: (128, 32, 8, 2)},
-        ("sm100", 2): {64: (64, 64, 4, 2), 128: (64, 32, 4, 2), 256: (64, 32, 8, 2)},
-        ("hip", 2): {64: (64, 64, 4, 1), 128: (64, 32, 4, 1), 256: (32, 32, 4, 1)},
+        ("cuda", 2): {
+            32: Tile(64, 32, 4, 2),
+            64: Tile(64, 64, 4, 2),
+            128: Tile(64, 32, 4, 2),
+            256: Tile(32, 32, 4, 2),
+        },
+        ("sm90", 2): {64: Tile(64, 64, 4, 2), 128: Tile(64, 32, 4, 2), 256: Tile(128, 32, 8, 2)},
+        ("sm100", 2): {64: Tile(64, 64, 4, 2), 128: Tile(64, 32, 4, 2), 256: Tile(64, 32, 8, 2)},
+        ("hip", 2): {64: Tile(64, 64, 4, 1), 128: Tile(64, 32, 4, 1), 256: Tile(32, 32, 4, 1)},
     },
     "dkv": {
-        ("cuda", 2): {64: (32, 64, 4, 2), 128: (16, 128, 8, 2), 256: (32, 64, 8, 1)},
-        ("sm90", 2): {64: (64, 64, 4, 2), 128: (32, 128, 8, 2), 256: (16, 128, 8, 1)},
+        ("cuda", 2): {64: Tile(32, 64, 4, 2), 128: Tile(16, 128, 8, 2), 256: Tile(32, 64, 8, 1)},
+        ("sm90", 2): {64: Tile(64, 64, 4, 2), 128: Tile(32, 128, 8, 2), 256: Tile(16, 128, 8, 1)},
     },
 }
+
+
+# Tokens from which on a sequence fills a tile of every kernel: where all do, none shares one.
+OWN_TILE_TOKENS = max(
+    tile.block_n if kernel == "dkv" else tile.block_m
+    for tables in (_ATTENTION, _ATTENTION_PLAIN)
+    for kernel, table in tables.items()
+    for tiles in table.values()
+    for tile in tiles.values()
+)
 
 
 def attention_config(kernel: str, d: int, itemsize: int, arch: str, plain: bool = False) -> dict[str, Any]:
@@ -142,38 +170,43 @@ def attention_config(kernel: str, d: int, itemsize: int, arch: str, plain: bool 
     vendor = "hip" if arch.startswith("gfx") else "cuda"
     for tables in (_ATTENTION_PLAIN, _ATTENTION) if plain else (_ATTENTION,):
         table = tables[kernel].get((kin, itemsize)) or tables[kernel].get((vendor, itemsize)) or {}
-        for most, (block_m, block_n, num_warps, num_stages) in table.items():
+        for most, tile in table.items():
             if d <= most:
-                config = dict(BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps, num_stages=num_stages)
+                config = dict(
+                    BLOCK_M=tile.block_m,
+                    BLOCK_N=tile.block_n,
+                    num_warps=tile.num_warps,
+                    num_stages=tile.num_stages,
+                )
                 tma = {} if kernel == "dkv" else dict(TMA=arch in ("sm90", "sm100") and itemsize == 2)
                 return config | tma
     raise ValueError(f"no tile of attention holds a head dimension of {d} with {itemsize} bytes per element")
 
 
-# InfoNCE: BLOCK_M, BLOCK_N, BLOCK_D, num_warps, num_stages by kernel, architecture and bytes per element.
-# "lse" and "weight" walk D in steps of BLOCK_D; "grad" holds all of D, its key says up to which.
+# InfoNCE: tiles by kernel, architecture and bytes per element. "lse" and "weight" walk D in steps of block_k;
+# "grad" holds all of D, its key says up to which.
 # All compile without spills with every option on.
 
 _INFO_NCE = {
-    ("lse", "cuda", 2): (128, 128, 64, 8, 3),
-    ("lse", "sm120", 2): (128, 64, 64, 8, 3),
-    ("lse", "hip", 2): (128, 128, 64, 8, 3),
-    ("lse", "cuda", 4): (64, 64, 16, 4, 2),
-    ("lse", "hip", 4): (64, 64, 16, 4, 2),
-    ("weight", "cuda", 2): (128, 64, 64, 8, 3),
-    ("weight", "sm100", 2): (64, 64, 64, 8, 3),
-    ("weight", "hip", 2): (128, 128, 64, 8, 3),
-    ("weight", "cuda", 4): (64, 64, 16, 4, 2),
-    ("weight", "sm100", 4): (32, 64, 32, 4, 2),
-    ("weight", "hip", 4): (64, 64, 16, 4, 2),
+    ("lse", "cuda", 2): Tile(128, 128, 8, 3, 64),
+    ("lse", "sm120", 2): Tile(128, 64, 8, 3, 64),
+    ("lse", "hip", 2): Tile(128, 128, 8, 3, 64),
+    ("lse", "cuda", 4): Tile(64, 64, 4, 2, 16),
+    ("lse", "hip", 4): Tile(64, 64, 4, 2, 16),
+    ("weight", "cuda", 2): Tile(128, 64, 8, 3, 64),
+    ("weight", "sm100", 2): Tile(64, 64, 8, 3, 64),
+    ("weight", "hip", 2): Tile(128, 128, 8, 3, 64),
+    ("weight", "cuda", 4): Tile(64, 64, 4, 2, 16),
+    ("weight", "sm100", 4): Tile(32, 64, 4, 2, 32),
+    ("weight", "hip", 4): Tile(64, 64, 4, 2, 16),
 }
 _INFO_NCE_GRAD = {
-    ("cuda", 2): {64: (64, 64, 64, 4, 3), 128: (128, 64, 128, 8, 3), 256: (64, 64, 256, 8, 2)},
-    ("sm80", 2): {64: (64, 64, 64, 4, 3), 128: (128, 64, 128, 8, 2), 256: (64, 64, 256, 8, 2)},
-    ("sm100", 2): {64: (64, 64, 64, 4, 3), 128: (128, 64, 128, 8, 3), 256: (64, 32, 256, 8, 2)},
-    ("hip", 2): {64: (64, 32, 64, 4, 2), 128: (64, 32, 128, 4, 2), 256: (64, 32, 256, 4, 2)},
-    ("cuda", 4): {64: (64, 32, 64, 8, 2), 128: (32, 32, 128, 8, 2), 256: (32, 32, 256, 8, 1)},
-    ("hip", 4): {64: (64, 32, 64, 4, 2), 128: (32, 32, 128, 4, 2), 256: (32, 16, 256, 8, 1)},
+    ("cuda", 2): {64: Tile(64, 64, 4, 3, 64), 128: Tile(128, 64, 8, 3, 128), 256: Tile(64, 64, 8, 2, 256)},
+    ("sm80", 2): {64: Tile(64, 64, 4, 3, 64), 128: Tile(128, 64, 8, 2, 128), 256: Tile(64, 64, 8, 2, 256)},
+    ("sm100", 2): {64: Tile(64, 64, 4, 3, 64), 128: Tile(128, 64, 8, 3, 128), 256: Tile(64, 32, 8, 2, 256)},
+    ("hip", 2): {64: Tile(64, 32, 4, 2, 64), 128: Tile(64, 32, 4, 2, 128), 256: Tile(64, 32, 4, 2, 256)},
+    ("cuda", 4): {64: Tile(64, 32, 8, 2, 64), 128: Tile(32, 32, 8, 2, 128), 256: Tile(32, 32, 8, 1, 256)},
+    ("hip", 4): {64: Tile(64, 32, 4, 2, 64), 128: Tile(32, 32, 4, 2, 128), 256: Tile(32, 16, 8, 1, 256)},
 }
 
 
@@ -190,10 +223,14 @@ def info_nce_config(kernel: str, d: int, itemsize: int, arch: str) -> dict[str, 
     fits = max(16, 1 << (d - 1).bit_length())
     if kernel == "grad":
         table = _INFO_NCE_GRAD.get((arch, itemsize)) or _INFO_NCE_GRAD[vendor, itemsize]
-        block_m, block_n, _, num_warps, num_stages = table[max(fits, 64)]
-        block_d = fits
+        tile, block_d = table[max(fits, 64)], fits
     else:
-        found = _INFO_NCE.get((kernel, arch, itemsize)) or _INFO_NCE[kernel, vendor, itemsize]
-        block_m, block_n, block_d, num_warps, num_stages = found
-        block_d = min(block_d, fits)
-    return dict(BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d, num_warps=num_warps, num_stages=num_stages)
+        tile = _INFO_NCE.get((kernel, arch, itemsize)) or _INFO_NCE[kernel, vendor, itemsize]
+        block_d = min(tile.block_k, fits)
+    return dict(
+        BLOCK_M=tile.block_m,
+        BLOCK_N=tile.block_n,
+        BLOCK_D=block_d,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )

@@ -39,7 +39,7 @@ class PackedLayout:
             raise ValueError(f"lengths must not be negative, got {min(lengths)}")
         offsets = torch.zeros(len(lengths) + 1, dtype=torch.int64)
         offsets[1:] = torch.tensor(lengths, dtype=torch.int64).cumsum(0)
-        longest = max(lengths, default=0)
+        longest = max((0, *lengths))  # dynamo knows no default=
         starts = torch.arange(len(lengths)) * longest - offsets[:-1]
         indices = starts.repeat_interleave(offsets.diff()) + torch.arange(int(offsets[-1]))
         return cls(
@@ -63,7 +63,7 @@ class PackedLayout:
         indices = mask.flatten().nonzero().squeeze(1)
         lengths = tuple(counts.tolist())  # nonzero has waited for the device already
         shape = (mask.shape[0], mask.shape[1])
-        return cls(cu_seqlens, len(indices), lengths, max(lengths, default=0), indices, shape)
+        return cls(cu_seqlens, len(indices), lengths, max((0, *lengths)), indices, shape)
 
     @classmethod
     def from_cu_seqlens(cls, cu_seqlens: Tensor, total: int, max_seqlen: int | None = None) -> "PackedLayout":
@@ -88,9 +88,8 @@ class PackedLayout:
 
         A row is a token times `group` heads. A sequence of at least `block` rows has tiles of its own; a run
         of shorter neighbours is cut every `block` rows, so that several of them share a tile. Built on the
-        device
-        without waiting for it: where the host doesn't know the lengths, N is an upper bound and the tiles in
-        excess are empty, (0, 0).
+        device without waiting for it: where the host doesn't know the lengths, N is an upper bound and the
+        tiles in excess are empty, (0, 0).
         """
         key = ("tiles", block, group)
         if key not in self._maps:
@@ -119,9 +118,8 @@ def build_tiles(cu_seqlens: Tensor, count: int, block: int, group: int) -> Tenso
     if count == 0 or len(begin) == 0:
         return torch.zeros(count, 2, dtype=torch.int32, device=cu_seqlens.device)
     alone = length >= block
-    opens = (
-        alone.clone()
-    )  # sequences that open a segment: every long one, and the first of each run of short ones
+    # Sequences that open a segment: every long one, and the first of each run of short ones.
+    opens = alone.clone()
     opens[0] = True
     opens[1:] |= alone[:-1]
     # A segment ends where the next one opens: the smallest opening offset to the right.

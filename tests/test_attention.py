@@ -18,7 +18,7 @@ from uncausal.kernels.attention import (
     flash_attn_varlen_ref,
 )
 from uncausal.kernels.attention_dropout import dropout_threshold, philox_keep
-from uncausal.kernels.launch import ARCHS, attention_config
+from uncausal.kernels.launch import ARCHS, OWN_TILE_TOKENS, attention_config
 from uncausal.kernels.packing import PackedLayout
 
 SEED = 0x123456789ABCDE
@@ -539,4 +539,4 @@ def test_configurations_cover_every_head_dimension(arch):
             config = attention_config(kernel, dim, itemsize, arch, plain)
             assert config["BLOCK_N"] % 32 == 0  # dropout draws for 32 keys at a time
             assert kernel != "dkv" or config["BLOCK_N"] > 32  # and gives up to 31 keys of a tile away
-            assert kernel == "dkv" or config["BLOCK_M"] <= 128  # sequences of 128 tokens own their tiles
+            assert OWN_TILE_TOKENS >= config["BLOCK_N" if kernel == "dkv" else "BLOCK_M"]

@@ -11,6 +11,7 @@ from uncausal.bench.bench_latent_pooling import flops
 from uncausal.kernels import latent_pooling, latent_pooling_torch
 from uncausal.kernels.latent_pooling import LatentAttentionPooling, latent_attention_pool
 from uncausal.kernels.latent_pooling_torch import latent_attention_pool_ref
+from uncausal.kernels.launch import Tile
 
 RELEASED = {}
 PLAIN = {"activation": "gelu", "pre_norm": False, "residual": False}
@@ -435,13 +436,13 @@ TYPES = {"T": "i32", "seq_ptr": "*i64", "begin_ptr": "*i64", "end_ptr": "*i64"}
 WIDE = ("bias_ptr", "weights_ptr", "partial_ptr", "dinner_ptr", "out_ptr")
 
 
-def compiled(kernel, arch, block=(0, 0, 0, 4, 2), **constexprs):
+def compiled(kernel, arch, tile, **constexprs):
     """Machine code of a kernel at the released sizes: d=4096, 8 heads, 512 latents, bf16."""
     facts = {"D": 4096, "H": 8, "R": 512, "W": 16384, "GATED": True, "GROUP": 8, "BLOCK_R": 512}
     facts |= {
-        "BLOCK_M": block[0],
-        "BLOCK_N": block[1],
-        "BLOCK_K": block[2],
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_K": tile.block_k,
         "PRECISION": "tf32",
         **constexprs,
     }
@@ -451,7 +452,9 @@ def compiled(kernel, arch, block=(0, 0, 0, 4, 2), **constexprs):
         for name in kernel.arg_names
         if name not in facts
     }
-    return ladder.compile_for(kernel, types, facts, arch, num_warps=block[3], num_stages=block[4])
+    return ladder.compile_for(
+        kernel, types, facts, arch, num_warps=tile.num_warps, num_stages=tile.num_stages
+    )
 
 
 @pytest.mark.parametrize("arch", ["sm80", "sm86", "sm90", "sm100", "sm120", "gfx942", "gfx950"])
@@ -465,8 +468,8 @@ def test_compiles_without_spills(arch, kernel):
     elif kernel == "plain":  # one head: the most scores a token that one kernel takes
         built = compiled(triton_file._plain_pool_kernel, arch, config["plain"], H=1, GATED=False)
     elif kernel == "plain-gated":
-        block = (config["plain"][0], max(16, config["plain"][1] // 2), *config["plain"][2:])
-        built = compiled(triton_file._plain_pool_kernel, arch, block, H=8, R=64)
+        tile = config["plain"]._replace(block_n=max(16, config["plain"].block_n // 2))
+        built = compiled(triton_file._plain_pool_kernel, arch, tile, H=8, R=64)
     else:
         function = triton_file._mlp_pool_kernel if kernel == "mlp" else triton_file._mlp_pool_bwd_kernel
         built = compiled(function, arch, config["mlp"])
@@ -477,7 +480,7 @@ def test_compiles_without_spills(arch, kernel):
 def test_small_kernels_compile_without_spills(arch):
     from uncausal.kernels import latent_pooling_triton as triton_file
 
-    built = compiled(triton_file._softmax_bwd_kernel, arch, (8, 0, 0, 4, 2))
+    built = compiled(triton_file._softmax_bwd_kernel, arch, Tile(8, 0, 4, 2))
     assert built.problems(matrix_unit=False) == []
-    built = compiled(triton_file._row_sum_kernel, arch, (16, 128, 0, 4, 2), WEIGHTED=True)
+    built = compiled(triton_file._row_sum_kernel, arch, Tile(16, 128, 4, 2), WEIGHTED=True)
     assert built.problems(matrix_unit=False) == []
