@@ -14,21 +14,23 @@ Layout legend: B sequences, T packed tokens, d hidden size, H heads, R latents, 
 (with GEGLU the value half, then the gate half). Weights are (out, in), as in nn.Linear.
 """
 
-import functools
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
-from torch.utils.flop_counter import register_flop_formula
 
 from uncausal.kernels import latent_pooling_torch as plain
+from uncausal.kernels.latent_pooling_ops import (
+    NORM_EPS,
+    latent_mlp_pool,
+    latent_plain_pool,
+    latent_softmax,
+    norm_of,
+)
 from uncausal.kernels.latent_pooling_torch import accumulator
 from uncausal.kernels.launch import resolve_backend
 from uncausal.kernels.packing import PackedLayout
-
-NORM_EPS = 1e-5
 
 
 class FoldedLatents(NamedTuple):
@@ -47,14 +49,6 @@ class FoldedLatents(NamedTuple):
     final_activation: bool
 
 
-def _implementation(backend: str) -> Any:
-    if backend == "torch":
-        return plain
-    from uncausal.kernels import latent_pooling_triton
-
-    return latent_pooling_triton
-
-
 def _resolve(backend: str, tensor: Tensor) -> str:
     """Choose the backend. Ours pays in half precision; in fp32 and fp64 the library's products are faster."""
     if backend == "auto" and tensor.dtype not in (torch.float16, torch.bfloat16):
@@ -62,207 +56,6 @@ def _resolve(backend: str, tensor: Tensor) -> str:
     if backend == "triton" and tensor.dtype == torch.float64:
         raise ValueError("backend='triton' has no float64, use 'torch'")
     return resolve_backend(backend, tensor)
-
-
-def _norm(gain: Tensor | None, shift: Tensor | None) -> plain.Norm:
-    return None if gain is None or shift is None else (gain, shift, NORM_EPS)
-
-
-# Ops, each with a torch and a Triton implementation. A gradient for an absent norm is empty.
-
-
-@torch.library.custom_op("uncausal::latent_softmax", mutates_args=())
-def _latent_softmax(
-    x: Tensor, gain: Tensor | None, shift: Tensor | None, score: Tensor, num_heads: int, backend: str
-) -> Tensor:
-    """Probabilities (T, H*R) of each token over each head's latents."""
-    return _implementation(backend).softmax(x, _norm(gain, shift), score, num_heads)
-
-
-@_latent_softmax.register_fake
-def _(x, gain, shift, score, num_heads, backend):
-    return x.new_empty(x.shape[0], score.shape[0])
-
-
-@torch.library.custom_op("uncausal::latent_softmax_backward", mutates_args=())
-def _latent_softmax_backward(
-    dprobs: Tensor,
-    probs: Tensor,
-    x: Tensor,
-    gain: Tensor | None,
-    shift: Tensor | None,
-    score: Tensor,
-    num_heads: int,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients for x, gain, shift and score."""
-    grads = _implementation(backend).softmax_backward(dprobs, probs, x, _norm(gain, shift), score, num_heads)
-    return grads.x, grads.gain, grads.shift, grads.weight.to(score.dtype)
-
-
-@_latent_softmax_backward.register_fake
-def _(dprobs, probs, x, gain, shift, score, num_heads, backend):
-    dgain = x.new_empty(0 if gain is None else x.shape[1], dtype=accumulator(x.dtype))
-    return torch.empty_like(x), dgain, torch.empty_like(dgain), torch.empty_like(score)
-
-
-def _softmax_context(ctx, inputs, output):
-    x, gain, shift, score, ctx.num_heads, ctx.backend = inputs
-    ctx.save_for_backward(output, x, gain, shift, score)
-
-
-def _softmax_autograd(ctx, dprobs):
-    dx, dgain, dshift, dscore = _latent_softmax_backward(
-        dprobs, *ctx.saved_tensors, ctx.num_heads, ctx.backend
-    )
-    return dx, *_norm_gradients(ctx.saved_tensors[2], dgain, dshift), dscore, None, None
-
-
-def _norm_gradients(
-    gain: Tensor | None, dgain: Tensor, dshift: Tensor
-) -> tuple[Tensor | None, Tensor | None]:
-    return (None, None) if gain is None else (dgain.to(gain.dtype), dshift.to(gain.dtype))
-
-
-_latent_softmax.register_autograd(_softmax_autograd, setup_context=_softmax_context)
-
-
-@torch.library.custom_op("uncausal::latent_mlp_pool", mutates_args=())
-def _latent_mlp_pool(
-    x: Tensor,
-    gain: Tensor | None,
-    shift: Tensor | None,
-    up: Tensor,
-    up_bias: Tensor,
-    weights: Tensor,
-    cu_seqlens: Tensor,
-    gated: bool,
-    residual: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    """Weighted sums over each sequence of act(W1 LN(x) + b1), and with residual of x itself (else empty)."""
-    return _implementation(backend).mlp_pool(
-        x, _norm(gain, shift), up, up_bias, weights, cu_seqlens, gated, residual
-    )
-
-
-@_latent_mlp_pool.register_fake
-def _(x, gain, shift, up, up_bias, weights, cu_seqlens, gated, residual, backend):
-    batch, width = cu_seqlens.shape[0] - 1, up.shape[0] // 2 if gated else up.shape[0]
-    return weights.new_empty(batch, width), weights.new_empty((batch, x.shape[1]) if residual else (0,))
-
-
-@torch.library.custom_op("uncausal::latent_mlp_pool_backward", mutates_args=())
-def _latent_mlp_pool_backward(
-    dinner: Tensor,
-    douter: Tensor,
-    x: Tensor,
-    gain: Tensor | None,
-    shift: Tensor | None,
-    up: Tensor,
-    up_bias: Tensor,
-    weights: Tensor,
-    cu_seqlens: Tensor,
-    gated: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients for x, gain, shift, up and up_bias."""
-    rest = (_norm(gain, shift), up, up_bias, weights, cu_seqlens, gated)
-    grads, dbias = _implementation(backend).mlp_pool_backward(dinner, douter, x, *rest)
-    return grads.x, grads.gain, grads.shift, grads.weight.to(up.dtype), dbias
-
-
-@_latent_mlp_pool_backward.register_fake
-def _(dinner, douter, x, gain, shift, up, up_bias, weights, cu_seqlens, gated, backend):
-    dgain = x.new_empty(0 if gain is None else x.shape[1], dtype=accumulator(x.dtype))
-    dbias = torch.empty_like(up_bias)
-    return torch.empty_like(x), dgain, torch.empty_like(dgain), torch.empty_like(up), dbias
-
-
-def _mlp_pool_context(ctx, inputs, output):
-    *tensors, ctx.gated, _, ctx.backend = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _mlp_pool_autograd(ctx, dinner, douter):
-    grads = _latent_mlp_pool_backward(dinner, douter, *ctx.saved_tensors, ctx.gated, ctx.backend)
-    dx, dgain, dshift, dup, dbias = grads
-    return dx, *_norm_gradients(ctx.saved_tensors[1], dgain, dshift), dup, dbias, *(None,) * 5
-
-
-_latent_mlp_pool.register_autograd(_mlp_pool_autograd, setup_context=_mlp_pool_context)
-
-
-@torch.library.custom_op("uncausal::latent_plain_pool", mutates_args=())
-def _latent_plain_pool(
-    x: Tensor,
-    score: Tensor,
-    value: Tensor,
-    up_bias: Tensor,
-    weights: Tensor,
-    cu_seqlens: Tensor,
-    num_heads: int,
-    gated: bool,
-    backend: str,
-) -> Tensor:
-    """Weighted sums per sequence of act(softmax(x score^T) value^T + b1)."""
-    return _implementation(backend).plain_pool(
-        x, score, value, up_bias, weights, cu_seqlens, num_heads, gated
-    )
-
-
-@_latent_plain_pool.register_fake
-def _(x, score, value, up_bias, weights, cu_seqlens, num_heads, gated, backend):
-    return weights.new_empty(cu_seqlens.shape[0] - 1, value.shape[0] // 2 if gated else value.shape[0])
-
-
-def _plain_pool_context(ctx, inputs, output):
-    *tensors, ctx.num_heads, ctx.gated, ctx.backend = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _plain_pool_autograd(ctx, dinner):
-    # The probabilities are R/d of the hidden states: recomputed as a whole, they turn this into the other
-    # ops' backward.
-    x, score, value, up_bias, weights, cu_seqlens = ctx.saved_tensors
-    probs = _latent_softmax(x, None, None, score, ctx.num_heads, ctx.backend)
-    rest = (value, up_bias, weights, cu_seqlens, ctx.gated, ctx.backend)
-    grads = _latent_mlp_pool_backward(dinner, dinner.new_empty(0), probs, None, None, *rest)
-    dprobs, _, _, dvalue, dbias = grads
-    grads = _latent_softmax_backward(dprobs, probs, x, None, None, score, ctx.num_heads, ctx.backend)
-    dx, _, _, dscore = grads
-    return dx, dscore, dvalue, dbias, *(None,) * 5
-
-
-_latent_plain_pool.register_autograd(_plain_pool_autograd, setup_context=_plain_pool_context)
-
-
-# FlopCounterMode does not look into custom ops: tell it the products each one does.
-
-
-@register_flop_formula(torch.ops.uncausal.latent_softmax)
-def _(x, gain, shift, score, *args, out_shape=None, **kwargs) -> int:
-    return 2 * x[0] * score[0] * score[1]
-
-
-@register_flop_formula(torch.ops.uncausal.latent_softmax_backward)
-def _(dprobs, probs, x, gain, shift, score, *args, out_shape=None, **kwargs) -> int:
-    return 4 * x[0] * score[0] * score[1]
-
-
-@register_flop_formula(torch.ops.uncausal.latent_mlp_pool)
-def _(x, gain, shift, up, *args, out_shape=None, **kwargs) -> int:
-    return 2 * x[0] * up[0] * up[1]
-
-
-@register_flop_formula(torch.ops.uncausal.latent_mlp_pool_backward)
-def _(dinner, douter, x, gain, shift, up, *args, out_shape=None, **kwargs) -> int:
-    return 6 * x[0] * up[0] * up[1]
-
-
-@register_flop_formula(torch.ops.uncausal.latent_plain_pool)
-def _(x, score, value, *args, out_shape=None, **kwargs) -> int:
-    return 2 * x[0] * (score[0] * score[1] + value[0] * value[1])
 
 
 def latent_attention_pool(
@@ -306,9 +99,9 @@ def latent_attention_pool(
         if p.up is None:
             x = hidden_states.contiguous()
             args = (p.score, p.value, p.up_bias, weights, cu_seqlens, p.num_heads, p.gated, backend)
-            return _down(_latent_plain_pool(x, *args), p).to(hidden_states.dtype)
+            return _down(latent_plain_pool(x, *args), p).to(hidden_states.dtype)
         gain, shift = p.norms[:2] if p.norms else (None, None)
-        probs = _latent_softmax(hidden_states.contiguous(), gain, shift, p.score, p.num_heads, backend)
+        probs = latent_softmax(hidden_states.contiguous(), gain, shift, p.score, p.num_heads, backend)
         # A library product with its addition beats a kernel of ours: nothing around it is left to fuse.
         x = torch.addmm(hidden_states, probs, p.value.T) if p.residual else probs @ p.value.T
         return _mlp_mean(x, cu_seqlens, p, weights, backend)
@@ -319,13 +112,13 @@ def _mlp_mean(x: Tensor, cu_seqlens: Tensor, p: FoldedLatents, weights: Tensor, 
     assert p.up is not None
     gain, shift = p.norms[2:] if p.norms else (None, None)
     if p.final_activation:  # not linear: every token goes through W2
-        z = F.linear(plain.normalise(x, _norm(gain, shift)), p.up, p.up_bias.to(x.dtype))
+        z = F.linear(plain.normalise(x, norm_of(gain, shift)), p.up, p.up_bias.to(x.dtype))
         inner = z[:, : z.shape[1] // 2] * F.gelu(z[:, z.shape[1] // 2 :]) if p.gated else F.gelu(z)
         out = F.gelu(F.linear(inner, p.down.to(x.dtype), p.down_bias.to(x.dtype)))
         out = (out + x if p.residual else out) * weights[:, None]
         return torch.segment_reduce(out, "sum", lengths=cu_seqlens.diff().long(), axis=0).to(x.dtype)
     args = (p.up, p.up_bias, weights, cu_seqlens, p.gated, p.residual, backend)
-    inner, outer = _latent_mlp_pool(x, gain, shift, *args)
+    inner, outer = latent_mlp_pool(x, gain, shift, *args)
     out = _down(inner, p)
     return (out + outer if p.residual else out).to(x.dtype)
 
@@ -384,10 +177,10 @@ def _check_sequences(cu_seqlens: Tensor, tokens: int, weights: Tensor, total: Te
 class LatentAttentionPooling(nn.Module):
     """NV-Embed's pooling layer, parameters under NV-Embed's names; the released form by default.
 
-    Inference folds once and keeps the result until a parameter changes: an optimizer step,
-        `load_state_dict`, `.to()`
-    and `.train()` are noticed, writing through `parameter.data` is not (call `.train()` and `.eval()` after
-    it). Training folds each step whenever that costs less arithmetic for the tokens at hand.
+    Every call folds whenever that costs less arithmetic for the tokens at hand. A frozen layer folds once and
+    keeps the result: `freeze()` and `eval()` freeze, `train()` and a call that records gradients for the
+    parameters thaw. What writes into a frozen layer's parameters is noticed (`load_state_dict`, `.to()`,
+    `copy_`), but for writing through `parameter.data`: call `freeze()` again after it.
 
     Args:
         hidden_size: d.
@@ -453,7 +246,8 @@ class LatentAttentionPooling(nn.Module):
             attend["norm"], attend["norm_context"] = nn.LayerNorm(hidden_size), nn.LayerNorm(hidden_size)
             mlp["norm"] = nn.LayerNorm(hidden_size)
         self.cross_attend_blocks = nn.ModuleList([attend, mlp])
-        self._cached: tuple[tuple, FoldedLatents] | None = None
+        self._frozen = False
+        self._kept: tuple[tuple, FoldedLatents] | None = None  # state of the parameters, and their fold
 
     def forward(
         self,
@@ -490,11 +284,12 @@ class LatentAttentionPooling(nn.Module):
         if torch.is_autocast_enabled(device_type):
             hidden_states = hidden_states.to(torch.get_autocast_dtype(device_type))
         trains = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
-        if not trains:
-            cached: Any = torch.compiler.disable(self._cached_fold)
-            folded: FoldedLatents = cached(hidden_states.dtype)
-        else:
-            with torch.autocast(device_type, enabled=False):
+        if trains and self._frozen:
+            self._frozen, self._kept = False, None
+        with torch.autocast(device_type, enabled=False):
+            if self._frozen:
+                folded = self._kept_fold(hidden_states.dtype)
+            else:
                 folded = self.fold(hidden_states.dtype, hidden_states.shape[0])
         if folded.score is None:
             weights = _mean_weights(hidden_states, cu_seqlens, token_weights, True)
@@ -599,44 +394,45 @@ class LatentAttentionPooling(nn.Module):
         out = F.linear(out[0].transpose(0, 1).flatten(1), fn["to_out"].weight.to(dtype))
         return out + x if self.residual else out
 
-    def _cached_fold(self, dtype: torch.dtype) -> FoldedLatents:
-        state = (dtype, _optimizer_steps(), *((id(p), p.data_ptr(), _version(p)) for p in self.parameters()))
-        if self._cached is None or self._cached[0] != state:
-            with torch.inference_mode(False), torch.no_grad():
-                self._cached = state, self.fold(dtype)
-        return self._cached[1]
+    def freeze(self, dtype: torch.dtype | None = None) -> "LatentAttentionPooling":
+        """Fold now, for inference, and keep the result until something thaws the layer; see the class.
 
-    # A freed parameter's address can be given out again: what replaces storage drops the cache outright.
+        Args:
+            dtype: of the tokens to come; None for the parameters' own. Other tokens fold again.
+
+        Returns:
+            The layer.
+        """
+        self._frozen, self._kept = True, None
+        self._kept_fold(dtype or self.latents.dtype)
+        return self
+
+    def _kept_fold(self, dtype: torch.dtype) -> FoldedLatents:
+        kept = self._kept
+        if (
+            torch.compiler.is_compiling()
+        ):  # nothing is kept from within a graph, and versions are unknown there
+            return kept[1] if kept is not None and kept[0][0] == dtype else self.fold(dtype)
+        state = (dtype, *((id(p), p.data_ptr(), _version(p)) for p in self.parameters()))
+        if kept is None or kept[0] != state:
+            with torch.inference_mode(False), torch.no_grad():
+                kept = self._kept = state, self.fold(dtype)
+        return kept[1]
+
+    # A freed parameter's address can be given out again: what replaces storage drops the fold outright.
 
     def _apply(self, *args, **kwargs):
-        self._cached = None
+        self._kept = None
         return super()._apply(*args, **kwargs)
 
     def load_state_dict(self, *args, **kwargs):
-        self._cached = None
+        self._kept = None
         return super().load_state_dict(*args, **kwargs)
 
     def train(self, mode: bool = True):
-        self._cached = None
+        self._frozen, self._kept = not mode, None
         return super().train(mode)
 
 
 def _version(parameter: Tensor) -> int:
     return -1 if parameter.is_inference() else parameter._version
-
-
-@functools.cache
-def _step_counter() -> list[int]:
-    steps = [0]
-
-    def count(*_) -> None:
-        steps[0] += 1
-
-    register_optimizer_step_post_hook(count)
-    return steps
-
-
-def _optimizer_steps() -> int:
-    """Count every optimizer's steps from the first call on: fused optimizers leave a tensor's version as it
-    was."""
-    return _step_counter()[0]

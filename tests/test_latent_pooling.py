@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from uncausal.bench import ladder
 from uncausal.bench.bench_latent_pooling import flops
-from uncausal.kernels import latent_pooling, latent_pooling_torch
+from uncausal.kernels import latent_pooling_ops, latent_pooling_torch
 from uncausal.kernels.latent_pooling import LatentAttentionPooling, latent_attention_pool
 from uncausal.kernels.latent_pooling_torch import latent_attention_pool_ref
 from uncausal.kernels.launch import Tile
@@ -213,17 +213,43 @@ def test_fold_is_invalidated(change):
     assert (after - before).abs().max() > 1e-3
 
 
-def test_fold_is_cached():
-    layer = make_layer().eval()
+def test_a_frozen_layer_folds_once(monkeypatch):
+    """A fold made in inference mode serves a layer whose input wants a gradient, too."""
+    layer, folds = make_layer().eval(), []
+    fold = LatentAttentionPooling.fold
+    monkeypatch.setattr(LatentAttentionPooling, "fold", lambda *args: (folds.append(0), fold(*args))[1])
     hidden, cu_seqlens, _ = make_tokens([5, 3], 64)
     with torch.inference_mode():
         layer(hidden, cu_seqlens)
-    first = layer._cached
+        layer(hidden, cu_seqlens)
     layer.requires_grad_(False)
     hidden.requires_grad_()
-    layer(hidden, cu_seqlens).sum().backward()  # a fold made in inference mode must serve a frozen layer too
-    assert layer._cached is first and first is not None
+    layer(hidden, cu_seqlens).sum().backward()
+    assert len(folds) == 1
     assert hidden.grad is not None and hidden.grad.abs().sum() > 0
+
+
+def test_what_thaws_a_layer():
+    """Regression: a hook on every optimizer of the process had to tell when a fold was old."""
+    layer = make_layer()
+    hidden, cu_seqlens, _ = make_tokens([5, 3], 64)
+
+    def notices_a_write():
+        """Whether a call follows a parameter that was written behind torch's back."""
+        with torch.no_grad():
+            before = layer(hidden, cu_seqlens)
+            layer.cross_attend_blocks[0]["fn"]["to_out"].weight.data.mul_(2)
+            return not torch.equal(before, layer(hidden, cu_seqlens))
+
+    assert notices_a_write()  # not frozen: folds each time
+    layer.freeze()
+    assert not notices_a_write()
+    layer(hidden, cu_seqlens)  # records gradients: an optimizer may follow
+    assert notices_a_write()
+    layer.eval()
+    assert not notices_a_write()
+    layer.train()
+    assert notices_a_write()
 
 
 def test_fold_follows_the_arithmetic():
@@ -303,13 +329,16 @@ def op_arguments(gated=True, heads=2):
     hidden, cu_seqlens, weights = make_tokens([1, 9, 30], 32, torch.float32)
     leaf = lambda *shape: torch.randn(*shape, requires_grad=True)  # noqa: E731
     hidden.requires_grad_()
-    yield latent_pooling._latent_softmax, (hidden, leaf(32), leaf(32), leaf(heads * 16, 32), heads, "torch")
-    yield latent_pooling._latent_softmax, (hidden, None, None, leaf(heads * 16, 32), heads, "torch")
+    yield (
+        latent_pooling_ops.latent_softmax,
+        (hidden, leaf(32), leaf(32), leaf(heads * 16, 32), heads, "torch"),
+    )
+    yield latent_pooling_ops.latent_softmax, (hidden, None, None, leaf(heads * 16, 32), heads, "torch")
     mlp = (leaf(64, 32), leaf(64), weights, cu_seqlens)
-    yield latent_pooling._latent_mlp_pool, (hidden, leaf(32), leaf(32), *mlp, gated, True, "torch")
-    yield latent_pooling._latent_mlp_pool, (hidden, None, None, *mlp, not gated, False, "torch")
+    yield latent_pooling_ops.latent_mlp_pool, (hidden, leaf(32), leaf(32), *mlp, gated, True, "torch")
+    yield latent_pooling_ops.latent_mlp_pool, (hidden, None, None, *mlp, not gated, False, "torch")
     plain = (leaf(heads * 16, 32), leaf(64, heads * 16), leaf(64), weights, cu_seqlens)
-    yield latent_pooling._latent_plain_pool, (hidden, *plain, heads, gated, "torch")
+    yield latent_pooling_ops.latent_plain_pool, (hidden, *plain, heads, gated, "torch")
 
 
 def test_opcheck():
@@ -334,10 +363,10 @@ def test_flop_formulas(monkeypatch):
     monkeypatch.setattr(latent_pooling_torch, "product", F.linear)  # FlopCounterMode does not know oneDNN's
     inside = {
         "uncausal::latent_softmax": lambda x, gain, shift, score, heads, _: latent_pooling_torch.softmax(
-            x, latent_pooling._norm(gain, shift), score, heads
+            x, latent_pooling_ops.norm_of(gain, shift), score, heads
         ),
         "uncausal::latent_mlp_pool": lambda x, gain, shift, *rest: latent_pooling_torch.mlp_pool(
-            x, latent_pooling._norm(gain, shift), *rest[:-1]
+            x, latent_pooling_ops.norm_of(gain, shift), *rest[:-1]
         ),
         "uncausal::latent_plain_pool": lambda *args: latent_pooling_torch.plain_pool(*args[:-1]),
     }
