@@ -12,6 +12,10 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
+
+# Imported later, as torch's compiler does on the first call of an op, its default arguments would hold the
+# process group for good: the group's threads outlive destroy_process_group and may abort the process at exit.
+import torch.distributed.nn
 from torch import Tensor
 
 from uncausal.kernels.info_nce_torch import Negatives, Pairs
