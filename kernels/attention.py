@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from uncausal.kernels import attention_cpu, attention_torch, attention_triton
+from uncausal.kernels import attention_cpu, attention_torch
 from uncausal.kernels.attention_dropout import dropout_keep, dropout_threshold
 from uncausal.kernels.attention_torch import Options, plan_batch
 from uncausal.kernels.launch import resolve_backend
@@ -20,6 +20,12 @@ from uncausal.kernels.packing import PackedLayout
 # What the ops take beside q, k, v and the gradients: the batch, then the fields of Options and the backend.
 _BATCH = "Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? seed, Tensor[] maps"
 _OPTIONS = "float scale, int left, int right, float softcap, float dropout_p, bool shared, str backend"
+
+
+def _triton():
+    from uncausal.kernels import attention_triton  # Triton exists on Linux alone
+
+    return attention_triton
 
 
 def _torch_arguments(q, k, cu_seqlens_q, cu_seqlens_k, seed, options: Options, direct: bool):
@@ -45,6 +51,7 @@ def _flash_attn_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, seed, maps, *rest):
     *scores, shared, backend = rest
     options = Options(*scores, seed=0, shared=shared)
     if backend == "triton":
+        attention_triton = _triton()
         maps = attention_triton.TileMaps(*maps)
         return attention_triton.attention_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, seed, maps, options)
     arguments = _torch_arguments(q, k, cu_seqlens_q, cu_seqlens_k, seed, options, True)
@@ -69,6 +76,7 @@ def _flash_attn_varlen_backward(dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_
     *scores, shared, backend = rest
     options = Options(*scores, seed=0, shared=shared)
     if backend == "triton":
+        attention_triton = _triton()
         maps = attention_triton.TileMaps(*maps)
         return attention_triton.attention_backward(
             dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, seed, maps, options
@@ -176,6 +184,7 @@ def flash_attn_varlen_func(
     options = Options(scale, left, right, float(softcap), float(dropout_p), seed=0)
     maps: list[Tensor] = []
     if backend == "triton":
+        attention_triton = _triton()
         q, k, v = (attention_triton.addressable(x) for x in (q, k, v))
         layouts = _layouts(layout, cu_seqlens_q, cu_seqlens_k, q, k)
         options = options._replace(shared=any(attention_triton.may_share_tiles(x) for x in layouts))

@@ -6,6 +6,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+try:
+    from triton import knobs
+except ImportError:  # Triton exists on Linux alone; the torch paths need none
+    knobs = None
+
 ARCHS = ("sm80", "sm86", "sm90", "sm100", "sm120", "gfx942", "gfx950")
 
 
@@ -23,16 +28,19 @@ def resolve_backend(backend: str, tensor: Tensor) -> str:
     """Return "triton" or "torch": which implementation runs on this tensor.
 
     Args:
-        backend: "auto" (Triton on a CUDA or HIP tensor, torch elsewhere), "triton" or "torch".
+        backend: "auto" (Triton on a CUDA or HIP tensor if it is installed, else torch), "triton" or "torch".
         tensor: any tensor of the call.
 
     Raises:
-        ValueError: for an unknown backend, or Triton on a CPU tensor outside Triton's interpreter.
+        ValueError: for an unknown backend, Triton where it is not installed, or on a CPU tensor outside
+            Triton's interpreter.
     """
     if backend == "auto":
-        return "triton" if tensor.is_cuda else "torch"
+        return "triton" if tensor.is_cuda and knobs is not None else "torch"
     if backend not in ("triton", "torch"):
         raise ValueError(f"backend must be 'auto', 'triton' or 'torch', got {backend!r}")
+    if backend == "triton" and knobs is None:
+        raise ValueError("backend='triton' needs Triton, which is not installed: pip install triton")
     if backend == "triton" and not tensor.is_cuda and not interpreted():
         raise ValueError(f"backend='triton' needs a CUDA or HIP tensor, got one on {tensor.device}")
     return backend
@@ -40,11 +48,7 @@ def resolve_backend(backend: str, tensor: Tensor) -> str:
 
 def interpreted() -> bool:
     """Tell whether Triton interprets kernels on the host (TRITON_INTERPRET=1)."""
-    try:
-        from triton import knobs
-    except ImportError:
-        return False
-    return bool(knobs.runtime.interpret)
+    return knobs is not None and bool(knobs.runtime.interpret)
 
 
 @functools.cache
