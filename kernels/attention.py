@@ -10,11 +10,12 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from uncausal.kernels import attention_cpu, attention_torch
 from uncausal.kernels.attention_dropout import dropout_keep, dropout_threshold
 from uncausal.kernels.attention_torch import Options, plan_batch
-from uncausal.kernels.launch import resolve_backend
+from uncausal.kernels.launch import on_device, resolve_backend
 from uncausal.kernels.packing import PackedLayout
 
 # What the ops take beside q, k, v and the gradients: the batch, then the fields of Options and the backend.
@@ -53,7 +54,10 @@ def _flash_attn_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, seed, maps, *rest):
     if backend == "triton":
         attention_triton = _triton()
         maps = attention_triton.TileMaps(*maps)
-        return attention_triton.attention_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, seed, maps, options)
+        with on_device(q):
+            return attention_triton.attention_forward(
+                q, k, v, cu_seqlens_q, cu_seqlens_k, seed, maps, options
+            )
     arguments = _torch_arguments(q, k, cu_seqlens_q, cu_seqlens_k, seed, options, True)
     with torch.autocast(q.device.type, enabled=False):  # its products are fp32 whatever the model's are
         return attention_torch.attention_forward(q, k, v, *arguments)
@@ -78,9 +82,10 @@ def _flash_attn_varlen_backward(dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_
     if backend == "triton":
         attention_triton = _triton()
         maps = attention_triton.TileMaps(*maps)
-        return attention_triton.attention_backward(
-            dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, seed, maps, options
-        )
+        with on_device(q):
+            return attention_triton.attention_backward(
+                dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, seed, maps, options
+            )
     arguments = _torch_arguments(q, k, cu_seqlens_q, cu_seqlens_k, seed, options, dlse is None)
     with torch.autocast(q.device.type, enabled=False):
         return attention_torch.attention_backward(dout, dlse, q, k, v, out, lse, *arguments)
@@ -138,7 +143,8 @@ def flash_attn_varlen_func(
 
     Args:
         q: (T, H, D) packed queries, fp16, bf16 or fp32 (fp64 on the torch backend); autocast casts q, k, v.
-        k, v: (Tk, HK, D) packed keys and values; H is a multiple of HK.
+        k: (Tk, HK, D) packed keys; H is a multiple of HK.
+        v: (Tk, HK, DV) packed values; a width other than D is padded.
         cu_seqlens_q, cu_seqlens_k: (B + 1,) int32 offsets of the sequences, from 0 to T and Tk.
         max_seqlen_q, max_seqlen_k: accepted for compatibility; nothing needs them.
         dropout_p: probability of dropping a score after softmax, rounded to a multiple of 2^-16.
@@ -147,18 +153,21 @@ def flash_attn_varlen_func(
         window_size: (left, right) keys visible around the diagonal, -1 for all; where a sequence has other
             lengths of queries and keys, its last query faces its last key.
         softcap: cap of the scores, softcap * tanh(score / softcap); 0 for none.
-        alibi_slopes, block_table: not supported.
+        alibi_slopes: (H,) or (B, H); slope * distance to the query's place among the keys is taken from a
+            score. On the torch path alone, whose memory is then quadratic in the longest sequence.
+        block_table: not supported.
         deterministic: accepted for compatibility; backward is always deterministic.
         return_attn_probs: also return the log-sum-exp.
         layout: the batch's PackedLayout, or one for the queries and one for the keys: keeps the maps of the
             kernels.
         dropout_seed: (1,) int64 tensor or integer that replays a dropout mask; drawn from torch's generator
             when None.
-        backend: "auto", "triton" or "torch"; Triton takes D <= 256, and 128 in fp32.
+        backend: "auto", "triton" or "torch"; "auto" leaves to torch what no kernel takes: fp64, more than 256
+            dimensions (128 in fp32), alibi_slopes.
 
     Returns:
-        out (T, H, D); with return_attn_probs (out, lse, None), where lse (H, T) is differentiable, in natural
-        units and -inf for a query without keys, whose output and gradients are zero.
+        out (T, H, DV); with return_attn_probs (out, lse, None), where lse (H, T) is differentiable, in
+        natural units and -inf for a query without keys, whose output and gradients are zero.
 
     Raises:
         NotImplementedError: for an argument that flash-attn has and this function has not.
@@ -166,8 +175,6 @@ def flash_attn_varlen_func(
 
     Source: Dao, FlashAttention-2 (2023), algorithms 1 and 2.
     """
-    if alibi_slopes is not None:
-        raise NotImplementedError("alibi_slopes is not supported")
     if block_table is not None:
         raise NotImplementedError("block_table is not supported")
     q, k, v = (_autocast(x) for x in (q, k, v))
@@ -178,9 +185,19 @@ def flash_attn_varlen_func(
     right = 0 if causal else right
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
     seed = _dropout_seed(dropout_p, dropout_seed, q.device)
-    if backend == "auto" and q.dtype == torch.float32 and q.shape[2] > 128:
-        backend = "torch"  # no tile holds them
+    width = v.shape[2]
+    if width != q.shape[2]:  # zeros change no score, and the columns they add to out are cut off
+        q, k, v = (pad(x, (0, max(width, q.shape[2]) - x.shape[2])) for x in (q, k, v))
+    if backend == "auto" and (alibi_slopes is not None or not _fits_a_tile(q)):
+        backend = "torch"
     backend = resolve_backend(backend, q)
+    if alibi_slopes is not None:
+        if backend == "triton":
+            raise NotImplementedError("alibi_slopes is not supported by backend='triton', use 'torch'")
+        scores = Options(scale, left, right, float(softcap), float(dropout_p), seed=0)
+        out, lse = _attention_with_alibi(q, k, v, cu_seqlens_q, cu_seqlens_k, seed, alibi_slopes, scores)
+        out = out[..., :width]
+        return (out, lse, None) if return_attn_probs else out
     options = Options(scale, left, right, float(softcap), float(dropout_p), seed=0)
     maps: list[Tensor] = []
     if backend == "triton":
@@ -193,6 +210,7 @@ def flash_attn_varlen_func(
     out, lse = _flash_attn_varlen(
         q, k, v, cu_seqlens_q, cu_seqlens_k, seed, maps, *options[:5], options.shared, backend
     )
+    out = out if width == out.shape[2] else out[..., :width]
     return (out, lse, None) if return_attn_probs else out
 
 
@@ -216,10 +234,10 @@ def flash_attn_func(
 
     Args:
         q: (B, L, H, D) queries.
-        k, v: (B, Lk, HK, D) keys and values.
+        k, v: (B, Lk, HK, D) keys and (B, Lk, HK, DV) values.
 
     Returns:
-        out (B, L, H, D); with return_attn_probs (out, lse (B, H, L), None).
+        out (B, L, H, DV); with return_attn_probs (out, lse (B, H, L), None).
     """
     if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
         raise ValueError(
@@ -246,7 +264,7 @@ def flash_attn_func(
         dropout_seed=dropout_seed,
         backend=backend,
     )
-    out = out.view(q.shape)
+    out = out.unflatten(0, (batch, -1))
     return (out, lse.unflatten(1, (batch, -1)).transpose(0, 1), None) if return_attn_probs else out
 
 
@@ -256,6 +274,33 @@ def _autocast(x: Tensor) -> Tensor:
     if x.dtype == torch.float64 or not x.is_floating_point() or not torch.is_autocast_enabled(device):
         return x
     return x.to(torch.get_autocast_dtype(device))
+
+
+def _fits_a_tile(q: Tensor) -> bool:
+    """Whether a kernel has tiles for q (T, H, D)."""
+    return q.dtype != torch.float64 and q.shape[2] * q.element_size() <= 512
+
+
+def _attention_with_alibi(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, seed, alibi_slopes, options: Options
+) -> tuple[Tensor, Tensor]:
+    """Attend by the reference, in at least fp32; autograd keeps the scores."""
+    wide_q, wide_k, wide_v = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k, v))
+    with torch.autocast(q.device.type, enabled=False):
+        out, lse = flash_attn_varlen_ref(
+            wide_q,
+            wide_k,
+            wide_v,
+            cu_seqlens_q,
+            cu_seqlens_k,
+            dropout_p=options.dropout_p,
+            softmax_scale=options.scale,
+            window_size=(options.left, options.right),
+            softcap=options.softcap,
+            dropout_seed=seed,
+            alibi_slopes=alibi_slopes,
+        )
+    return out.to(q.dtype), lse
 
 
 def _layouts(layout, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, q: Tensor, k: Tensor):
@@ -283,12 +328,13 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seq
     if (
         q.dim() != 3
         or k.dim() != 3
-        or k.shape != v.shape
+        or v.dim() != 3
+        or k.shape[:2] != v.shape[:2]
         or q.shape[2] != k.shape[2]
         or q.shape[1] % k.shape[1]
     ):
         raise ValueError(
-            "expected q (T, H, D) and k, v (Tk, HK, D) with H a multiple of HK, "
+            "expected q (T, H, D), k (Tk, HK, D) and v (Tk, HK, DV) with H a multiple of HK, "
             f"got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
         )
     if not (q.dtype == k.dtype == v.dtype) or not q.is_floating_point():
@@ -317,17 +363,20 @@ def flash_attn_varlen_ref(
     window_size: tuple[int, int] = (-1, -1),
     softcap: float = 0.0,
     dropout_seed: Tensor | int | None = None,
+    alibi_slopes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Specify `flash_attn_varlen_func` in plain torch, in the dtype of q, sequence by sequence.
 
     Returns:
-        out (T, H, D) and lse (H, T).
+        out (T, H, DV) and lse (H, T).
     """
     group = q.shape[1] // k.shape[1]
     left, right = window_size[0], 0 if causal else window_size[1]
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
-    outs, lses = [q[:0]], [q[:0, :, 0].t()]
+    outs, lses = [v.new_empty(0, q.shape[1], v.shape[2])], [q[:0, :, 0].t()]
+    if alibi_slopes is not None:
+        alibi_slopes = alibi_slopes.to(q).expand(len(starts_q) - 1, q.shape[1])
     for i in range(len(starts_q) - 1):
         rows, keys = slice(starts_q[i], starts_q[i + 1]), slice(starts_k[i], starts_k[i + 1])
         qi = q[rows].transpose(0, 1)  # [H, L, D]
@@ -341,6 +390,8 @@ def flash_attn_varlen_ref(
             - torch.arange(len_q, device=q.device)[:, None]
             - (len_k - len_q)
         )
+        if alibi_slopes is not None:
+            scores = scores - alibi_slopes[i, :, None, None] * offset.abs()
         hidden = torch.zeros_like(offset, dtype=torch.bool)
         if left >= 0:
             hidden |= offset < -left

@@ -22,7 +22,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from uncausal.kernels.attention_torch import Options, dropout_threshold
-from uncausal.kernels.launch import OWN_TILE_TOKENS, architecture, attention_config
+from uncausal.kernels.launch import OWN_TILE_TOKENS, architecture, attention_config, precision
 from uncausal.kernels.packing import PackedLayout
 
 _LOG2E = math.log2(math.e)
@@ -158,13 +158,14 @@ def _exp2(x):
     return bits.to(tl.float32, bitcast=True)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_lh"])
 def _attn_fwd_kernel(
     q_ptr, k_ptr, v_ptr, k_desc, v_desc, out_ptr, lse_ptr, cu_q_ptr, cu_k_ptr, seq_ptr, tiles_ptr, seed_ptr,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh, stride_lh,
     scale, cap, left, right, threshold, keep_scale,
     G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, SHARED: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     first = tl.load(tiles_ptr + 2 * tl.program_id(0))
     last = tl.load(tiles_ptr + 2 * tl.program_id(0) + 1) - 1
@@ -193,7 +194,7 @@ def _attn_fwd_kernel(
         for i in range(num_head + num_tail if EDGE else num_full):
             key = _block(i, begin, num_head, num_full, BLOCK_N, EDGE)
             k = _load_keys(k_ptr, k_desc, stride_kt, key, start, end, D, BLOCK_D, BLOCK_N, EDGE)
-            s = tl.dot(q, tl.trans(k), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
+            s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
             unit = scale
             if SOFTCAP:
                 s, _ = _softcap(s, scale, cap)
@@ -215,7 +216,7 @@ def _attn_fwd_kernel(
             if EDGE and SHARED:
                 v, bad = _finite(v)
                 p = tl.where((p > 0) & bad[None, :], float("nan"), p)
-            acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
+            acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
 
     empty = total == 0
     out = acc * (keep_scale / tl.where(empty, 1.0, total))[:, None]
@@ -226,7 +227,7 @@ def _attn_fwd_kernel(
     tl.store(lse_ptr + _offsets(offs_m, 1, stride_lh, G), lse, mask=mask_m)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_lh", "num_tokens"])
 def _attn_bwd_stats_kernel(
     out_ptr, dout_ptr, lse_ptr, dlse_ptr, lse2_ptr, delta_ptr,
     stride_ot, stride_oh, stride_dt, stride_dh, stride_lh, num_tokens,
@@ -271,7 +272,7 @@ def _bwd_scores(s, dp, lse2, delta, keep, mask, scale, cap, keep_scale,
     return p, ds
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_lh"])
 def _attn_bwd_dq_kernel(
     q_ptr, k_ptr, v_ptr, k_desc, v_desc, dout_ptr, lse2_ptr, delta_ptr, dq_ptr,
     cu_q_ptr, cu_k_ptr, seq_ptr, tiles_ptr, seed_ptr,
@@ -280,6 +281,7 @@ def _attn_bwd_dq_kernel(
     softmax_scale, scale, cap, left, right, threshold, keep_scale,
     G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, SHARED: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     first = tl.load(tiles_ptr + 2 * tl.program_id(0))
     last = tl.load(tiles_ptr + 2 * tl.program_id(0) + 1) - 1
@@ -311,8 +313,8 @@ def _attn_bwd_dq_kernel(
             desc = None if EDGE else k_desc  # as for values in forward
             k = _load_keys(k_ptr, desc, stride_kt, key, start, end, D, BLOCK_D, BLOCK_N, EDGE)
             v = _load_keys(v_ptr, v_desc, stride_vt, key, start, end, D, BLOCK_D, BLOCK_N, EDGE)
-            s = tl.dot(q, tl.trans(k), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
-            dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
+            s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+            dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
             mask, keep = s, s
             if EDGE:
                 offs_n = key + tl.arange(0, BLOCK_N)[None, :]
@@ -325,14 +327,14 @@ def _attn_bwd_dq_kernel(
             )  # fmt: skip
             if EDGE and SHARED:
                 k, _ = _finite(k)
-            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
 
     mask = (tl.arange(0, BLOCK_M) <= last - first)[:, None] & (offs_d < D)[None, :]
     dq_ptrs = dq_ptr + _offsets(offs_m, stride_gt, stride_gh, G)[:, None] + offs_d[None, :]
     tl.store(dq_ptrs, (dq * softmax_scale).to(dq_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_lh"])
 def _attn_bwd_dkv_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse2_ptr, delta_ptr, dk_ptr, dv_ptr, cu_q_ptr, cu_k_ptr,
     seq_ptr, tiles_ptr, seed_ptr,
@@ -341,6 +343,7 @@ def _attn_bwd_dkv_kernel(
     softmax_scale, scale, cap, left, right, threshold, keep_scale,
     G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, SHARED: tl.constexpr,
+    PRECISION: tl.constexpr,
     DK: tl.constexpr, DV: tl.constexpr,
 ):  # fmt: skip
     first = tl.load(tiles_ptr + 2 * tl.program_id(0))
@@ -377,8 +380,8 @@ def _attn_bwd_dkv_kernel(
                 delta = tl.load(delta_ptr + offs, mask=mask_m, other=0.0)
             else:
                 lse2, delta = tl.load(lse2_ptr + offs), tl.load(delta_ptr + offs)
-            s = tl.dot(k, tl.trans(q), input_precision="ieee")  # [BLOCK_N, BLOCK_M]
-            dp = tl.dot(v, tl.trans(dout), input_precision="ieee")
+            s = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
+            dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
             mask, keep = s, s
             if EDGE:
                 mask = (offs_m[None, :] >= lo[:, None]) & (offs_m[None, :] < hi[:, None])
@@ -393,9 +396,9 @@ def _attn_bwd_dkv_kernel(
                 dout, bad = _finite(dout)
                 p = tl.where((p > 0) & bad[None, :], float("nan"), p)
             if DV:
-                dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee")
+                dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
             if DK:
-                dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+                dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
 
     mask = ((offs_n >= first) & (offs_n <= last))[:, None] & (offs_d < D)[None, :]
     offs_g = _offsets(token, stride_gt, stride_gh, 1)[:, None] + offs_d[None, :]
@@ -470,7 +473,7 @@ def _arguments(q, k, v, cu_seqlens_q, cu_seqlens_k, seed, options: Options) -> d
         threshold=threshold, keep_scale=65536 / (65536 - threshold),
         G=q.shape[1] // k.shape[1], D=q.shape[2], BLOCK_D=max(16, triton.next_power_of_2(q.shape[2])),
         WINDOW=options.left >= 0 or options.right >= 0, SOFTCAP=options.softcap > 0,
-        DROPOUT=options.dropout_p > 0, SHARED=options.shared,
+        DROPOUT=options.dropout_p > 0, SHARED=options.shared, PRECISION=precision(q.dtype),
     )  # fmt: skip
 
 

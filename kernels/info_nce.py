@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from uncausal.kernels import info_nce_torch
 from uncausal.kernels.info_nce_ranks import gather_rows, ring_rows, rows_per_rank, sum_over_ranks
 from uncausal.kernels.info_nce_torch import Negatives, Pairs, acc_dtype, as_temperature, sum_and_gradients
-from uncausal.kernels.launch import resolve_backend
+from uncausal.kernels.launch import on_device, resolve_backend
 
 
 def _sweeps(backend: str) -> tuple[Callable, Callable]:
@@ -87,7 +87,8 @@ def _info_nce_rows(
 ) -> tuple[Tensor, Tensor, Tensor]:
     pairs = Pairs.of(q, k[offset : offset + len(q)], hard, temperature, margin)
     negatives = Negatives(row_ids, col_ids, offset, pairs.limit)
-    lse, col_lse = _sweeps(backend)[0](q, k, pairs.temperature, negatives, symmetric)
+    with on_device(q):
+        lse, col_lse = _sweeps(backend)[0](q, k, pairs.temperature, negatives, symmetric)
     lse = torch.logaddexp(lse, pairs.hard_logits.logsumexp(1))
     loss = pairs.loss(lse)
     if col_lse is None:
@@ -97,8 +98,9 @@ def _info_nce_rows(
 
 @_info_nce_rows.register_fake
 def _(q, k, hard, temperature, row_ids, col_ids, offset, margin, symmetric, backend):
-    loss = q.new_empty(len(q), dtype=acc_dtype(q.dtype))
-    return loss, torch.empty_like(loss), loss.new_empty(len(q) if symmetric else 0)
+    rows = q.shape[0]  # where len() would fix the number for good
+    loss = q.new_empty(rows, dtype=acc_dtype(q.dtype))
+    return loss, torch.empty_like(loss), loss.new_empty(rows if symmetric else 0)
 
 
 @torch.library.custom_op("uncausal::info_nce_rows_backward", mutates_args=())
@@ -123,7 +125,8 @@ def _info_nce_rows_backward(
     weight = grad / 2 if symmetric else grad
     total = torch.logaddexp(lse, pairs.pos)
     col_total = torch.logaddexp(col_lse, pairs.pos) if symmetric else None
-    dq, dk, mass = _sweeps(backend)[1](q, k, pairs.temperature, negatives, weight, total, col_total)
+    with on_device(q):
+        dq, dk, mass = _sweeps(backend)[1](q, k, pairs.temperature, negatives, weight, total, col_total)
     dq, dhard, dtemperature = pairs.gradients(dq, dk[own], mass, weight, total)
     return dq.to(q.dtype), dk.to(k.dtype), dhard.to(hard.dtype), dtemperature.to(temperature.dtype)
 

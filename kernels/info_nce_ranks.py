@@ -19,6 +19,7 @@ import torch.distributed.nn
 from torch import Tensor
 
 from uncausal.kernels.info_nce_torch import Negatives, Pairs
+from uncausal.kernels.launch import on_device
 
 
 def rows_per_rank(x: Tensor, group: dist.ProcessGroup) -> list[int]:
@@ -109,7 +110,9 @@ class _RingRows(torch.autograd.Function):
         for step in range(world):
             keys, ids = block[0], block[1] if len(block) > 1 else None
             negatives = Negatives(row_ids, ids, 0 if step == 0 else len(keys), pairs.limit)
-            lse = torch.logaddexp(lse, sweep_lse(q, keys, temperature, negatives, False)[0])
+            with on_device(q):
+                block_lse = sweep_lse(q, keys, temperature, negatives, False)[0]
+            lse = torch.logaddexp(lse, block_lse)
             if step < world - 1:
                 block = _pass_on(block, sizes[(rank - step - 1) % world], group)
         ctx.save_for_backward(q, k, hard, temperature, row_ids, col_ids, lse)
@@ -129,7 +132,8 @@ class _RingRows(torch.autograd.Function):
         for step in range(world):
             dk, keys, ids = block[0], block[1], block[2] if len(block) > 2 else None
             negatives = Negatives(row_ids, ids, 0 if step == 0 else len(keys), pairs.limit)
-            parts = sweep_gradients(q, keys, temperature, negatives, weight, total, None)
+            with on_device(q):
+                parts = sweep_gradients(q, keys, temperature, negatives, weight, total, None)
             dq += parts[0]
             dk += parts[1]
             mass += parts[2]

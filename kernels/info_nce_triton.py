@@ -20,11 +20,17 @@ import triton.language as tl
 from torch import Tensor
 
 from uncausal.kernels.info_nce_torch import Negatives
-from uncausal.kernels.launch import architecture, info_nce_config, processors
+from uncausal.kernels.launch import architecture, info_nce_config, precision, processors
 
 _LOG2E = math.log2(math.e)
 _FUSED_D = 256
 _CHUNK_BYTES = 256 << 20  # weights of one chunk of rows, above _FUSED_D
+_COUNTS = [
+    "N",
+    "M",
+    "diagonal",
+    "columns_per_split",
+]  # vary by batch: nothing is compiled for one that is 1 or even
 
 
 @triton.jit
@@ -87,7 +93,7 @@ def _weights(
     return g, x_mass, y_mass
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_COUNTS)
 def _info_nce_lse_kernel(
     x_ptr, y_ptr, lse_ptr, limit_ptr, x_ids_ptr, y_ids_ptr, scale_ptr,
     N, M, diagonal, columns_per_split, stride_x, stride_y,
@@ -122,7 +128,7 @@ def _info_nce_lse_kernel(
     tl.store(lse_ptr + pid_split.to(tl.int64) * N + offs_m, lse, mask=mask_m)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_COUNTS)
 def _info_nce_grad_kernel(
     x_ptr, y_ptr, out_ptr, mass_ptr,
     x_total_ptr, x_weight_ptr, x_limit_ptr, y_total_ptr, y_weight_ptr, y_limit_ptr,
@@ -165,12 +171,12 @@ def _info_nce_grad_kernel(
         tl.store(mass_ptr + rows, mass, mask=mask_m)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_COUNTS)
 def _info_nce_weight_kernel(
     x_ptr, y_ptr, out_ptr, x_mass_ptr, y_mass_ptr,
     x_total_ptr, x_weight_ptr, x_limit_ptr, y_total_ptr, y_weight_ptr, y_limit_ptr,
     x_ids_ptr, y_ids_ptr, scale_ptr,
-    N, M, diagonal, stride_x, stride_y,
+    N, M, diagonal, stride_x, stride_y, stride_o,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_Y: tl.constexpr, HAS_LIMIT: tl.constexpr, HAS_IDS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -191,17 +197,11 @@ def _info_nce_weight_kernel(
         z, keep, x_total, x_weight, x_limit, y_total_ptr, y_weight_ptr, y_limit_ptr, offs_n, mask_n,
         True, HAS_Y, HAS_LIMIT,
     )  # fmt: skip
-    ptrs = out_ptr + offs_m.to(tl.int64)[:, None] * M + offs_n[None, :]
+    ptrs = out_ptr + offs_m.to(tl.int64)[:, None] * stride_o + offs_n[None, :]
     tl.store(ptrs, g.to(out_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
     tl.store(x_mass_ptr + pid_n.to(tl.int64) * N + offs_m, x_mass, mask=mask_m)
     if HAS_Y:
         tl.store(y_mass_ptr + pid_m.to(tl.int64) * M + offs_n, y_mass, mask=mask_n)
-
-
-def _precision(dtype: torch.dtype) -> str:
-    """fp32 products follow torch's switch: exact unless the user allowed TF32."""
-    exact = dtype != torch.float32 or torch.version.hip or torch.get_float32_matmul_precision() == "highest"
-    return "ieee" if exact else "tf32"
 
 
 def _split(rows: int, columns: int, block_m: int, block_n: int, device: torch.device) -> tuple[int, int]:
@@ -222,7 +222,7 @@ def _lse(x, y, scale, limit, x_ids, y_ids, diagonal: int) -> Tensor:
     _info_nce_lse_kernel[(triton.cdiv(n, block_m), splits)](
         x_ptr=x, y_ptr=y, lse_ptr=lse, limit_ptr=limit, x_ids_ptr=x_ids, y_ids_ptr=y_ids, scale_ptr=scale,
         N=n, M=m, diagonal=diagonal, columns_per_split=per_split, stride_x=x.stride(0), stride_y=y.stride(0),
-        D=d, HAS_LIMIT=limit is not None, HAS_IDS=x_ids is not None, PRECISION=_precision(x.dtype), **config,
+        D=d, HAS_LIMIT=limit is not None, HAS_IDS=x_ids is not None, PRECISION=precision(x.dtype), **config,
     )  # fmt: skip
     lse = lse / _LOG2E
     return lse[0] if splits == 1 else lse.logsumexp(0)
@@ -246,7 +246,7 @@ def _grad(x, y, scale, x_side, y_side, x_ids, y_ids, diagonal: int) -> tuple[Ten
         N=n, M=m, diagonal=diagonal, columns_per_split=per_split, stride_x=x.stride(0),
         stride_y=y.stride(0), D=d, HAS_X=x_side is not None, HAS_Y=y_side is not None,
         HAS_LIMIT=x_limit is not None or y_limit is not None, HAS_IDS=x_ids is not None,
-        PRECISION=_precision(x.dtype), **config,
+        PRECISION=precision(x.dtype), **config,
     )  # fmt: skip
     return (out[0], mass[0]) if splits == 1 else (out.sum(0), mass.sum(0))
 
@@ -259,7 +259,8 @@ def _grad_chunked(q, k, scale, row_side, col_side, row_ids, col_ids, offset: int
     step = max(_CHUNK_BYTES // (m * q.element_size()) // block_m, 1) * block_m
     dq = torch.empty(n, d, dtype=torch.float32, device=q.device)
     dk = torch.zeros(m, d, dtype=torch.float32, device=q.device)
-    g = torch.empty(min(step, n), m, dtype=q.dtype, device=q.device)
+    # rows a multiple of 16 apart, whatever M is: stores stay wide
+    g = torch.empty(min(step, n), triton.cdiv(m, 16) * 16, dtype=q.dtype, device=q.device)[:, :m]
     row_mass = torch.empty(n, dtype=torch.float32, device=q.device)
     col_mass = torch.zeros(m if col_side else 0, dtype=torch.float32, device=q.device)
     y_total, y_weight, y_limit = col_side or (None,) * 3
@@ -275,8 +276,8 @@ def _grad_chunked(q, k, scale, row_side, col_side, row_ids, col_ids, offset: int
             y_total_ptr=y_total, y_weight_ptr=y_weight, y_limit_ptr=y_limit,
             x_ids_ptr=None if row_ids is None else row_ids[rows], y_ids_ptr=col_ids, scale_ptr=scale,
             N=len(x), M=m, diagonal=start + offset, stride_x=q.stride(0), stride_y=k.stride(0),
-            D=d, HAS_Y=col_side is not None, HAS_LIMIT=limit is not None, HAS_IDS=row_ids is not None,
-            PRECISION=_precision(q.dtype), **config,
+            stride_o=g.stride(0), D=d, HAS_Y=col_side is not None, HAS_LIMIT=limit is not None,
+            HAS_IDS=row_ids is not None, PRECISION=precision(q.dtype), **config,
         )  # fmt: skip
         dq[rows] = part @ k
         dk += part.T @ x

@@ -354,9 +354,8 @@ class LatentAttentionPooling(nn.Module):
         if not (self.pre_norm or self.residual or self.final_activation):
             once = costs["attention"][0] + width * d * scores
             costs["mlp"] = (once, d * scores + scores * width)
-        if tokens is None:
-            return min(costs, key=lambda plan: costs[plan][1])
-        return min(costs, key=lambda plan: costs[plan][0] + tokens * costs[plan][1])
+        totals = [each if tokens is None else once + tokens * each for once, each in costs.values()]
+        return list(costs)[totals.index(min(totals))]  # dynamo knows no min(key=)
 
     def _context(self, dtype: torch.dtype) -> Tensor:
         latents = self.latents.to(dtype)

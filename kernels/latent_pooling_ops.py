@@ -12,6 +12,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from uncausal.kernels import latent_pooling_torch as plain
 from uncausal.kernels.latent_pooling_torch import accumulator
+from uncausal.kernels.launch import on_device
 
 NORM_EPS = 1e-5
 
@@ -34,7 +35,8 @@ def latent_softmax(
     x: Tensor, gain: Tensor | None, shift: Tensor | None, score: Tensor, num_heads: int, backend: str
 ) -> Tensor:
     """Probabilities (T, H*R) of each token over each head's latents."""
-    return _implementation(backend).softmax(x, norm_of(gain, shift), score, num_heads)
+    with on_device(x):
+        return _implementation(backend).softmax(x, norm_of(gain, shift), score, num_heads)
 
 
 @latent_softmax.register_fake
@@ -54,9 +56,10 @@ def _latent_softmax_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients for x, gain, shift and score."""
-    grads = _implementation(backend).softmax_backward(
-        dprobs, probs, x, norm_of(gain, shift), score, num_heads
-    )
+    with on_device(x):
+        grads = _implementation(backend).softmax_backward(
+            dprobs, probs, x, norm_of(gain, shift), score, num_heads
+        )
     return grads.x, grads.gain, grads.shift, grads.weight.to(score.dtype)
 
 
@@ -101,9 +104,10 @@ def latent_mlp_pool(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """Weighted sums over each sequence of act(W1 LN(x) + b1), and with residual of x itself (else empty)."""
-    return _implementation(backend).mlp_pool(
-        x, norm_of(gain, shift), up, up_bias, weights, cu_seqlens, gated, residual
-    )
+    with on_device(x):
+        return _implementation(backend).mlp_pool(
+            x, norm_of(gain, shift), up, up_bias, weights, cu_seqlens, gated, residual
+        )
 
 
 @latent_mlp_pool.register_fake
@@ -128,7 +132,8 @@ def _latent_mlp_pool_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients for x, gain, shift, up and up_bias."""
     rest = (norm_of(gain, shift), up, up_bias, weights, cu_seqlens, gated)
-    grads, dbias = _implementation(backend).mlp_pool_backward(dinner, douter, x, *rest)
+    with on_device(x):
+        grads, dbias = _implementation(backend).mlp_pool_backward(dinner, douter, x, *rest)
     return grads.x, grads.gain, grads.shift, grads.weight.to(up.dtype), dbias
 
 
@@ -166,9 +171,10 @@ def latent_plain_pool(
     backend: str,
 ) -> Tensor:
     """Weighted sums per sequence of act(softmax(x score^T) value^T + b1)."""
-    return _implementation(backend).plain_pool(
-        x, score, value, up_bias, weights, cu_seqlens, num_heads, gated
-    )
+    with on_device(x):
+        return _implementation(backend).plain_pool(
+            x, score, value, up_bias, weights, cu_seqlens, num_heads, gated
+        )
 
 
 @latent_plain_pool.register_fake

@@ -78,21 +78,27 @@ class LinearGradients:
         self.shift += dshift
 
 
-def softmax(x: Tensor, norm: Norm, score: Tensor, num_heads: int) -> Tensor:
+def softmax(x: Tensor, norm: Norm, score: Tensor, num_heads: int, slab_rows: int = SLAB_ROWS) -> Tensor:
     """Probabilities (T, H*R) of each token over the latents of each head."""
     probs = x.new_empty(x.shape[0], score.shape[0])
-    for rows in slabs(x.shape[0]):
+    for rows in slabs(x.shape[0], slab_rows):
         scores = wide_linear(normalise(x[rows], norm), score).unflatten(1, (num_heads, -1))
         probs[rows] = scores.softmax(-1).flatten(1)
     return probs
 
 
 def softmax_backward(
-    dprobs: Tensor, probs: Tensor, x: Tensor, norm: Norm, score: Tensor, num_heads: int
+    dprobs: Tensor,
+    probs: Tensor,
+    x: Tensor,
+    norm: Norm,
+    score: Tensor,
+    num_heads: int,
+    slab_rows: int = SLAB_ROWS,
 ) -> LinearGradients:
     """Gradients of `softmax` for x, the norm and score."""
     grads = LinearGradients(x, norm, score)
-    for rows in slabs(x.shape[0]):
+    for rows in slabs(x.shape[0], slab_rows):
         p = probs[rows].to(accumulator(x.dtype)).unflatten(1, (num_heads, -1))
         dp = dprobs[rows].unflatten(1, (num_heads, -1)) * p
         dscores = dp.sub_(p * dp.sum(-1, keepdim=True)).flatten(1)

@@ -29,6 +29,7 @@ from uncausal.kernels.latent_pooling_torch import LinearGradients, Norm, normali
 from uncausal.kernels.launch import Tile, architecture
 
 SLAB_ROWS = 4096  # tokens whose (rows, F) gradient exists at a time in backward
+MAX_LATENTS = 512  # of a head, whose scores a tile holds
 GROUP_M = 8  # row tiles that share their columns of the weight in the second-level cache
 
 
@@ -103,7 +104,7 @@ def _store_sums(out, seq, partial_ptr, tile, first, last, offs_n, mask_n, W: tl.
         tl.store(partial_ptr + (tile + s).to(tl.int64) * W + offs_n, total, mask_n)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _softmax_kernel(
     x_ptr, score_ptr, probs_ptr,
     T,
@@ -122,7 +123,7 @@ def _softmax_kernel(
     tl.store(where, probs, mask_m[:, None] & mask_r[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _softmax_bwd_kernel(
     dprobs_ptr, probs_ptr, dscores_ptr,
     T,
@@ -148,7 +149,7 @@ def _place(T, W: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GRO
     return first + pid % (GROUP * cols) % size, pid % (GROUP * cols) // size
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _mlp_pool_kernel(
     x_ptr, up_ptr, bias_ptr, weights_ptr, seq_ptr, partial_ptr,
     T,
@@ -167,7 +168,7 @@ def _mlp_pool_kernel(
     _store_sums(out, seq, partial_ptr, tile, first, last, offs_n, mask_n, W)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _mlp_pool_bwd_kernel(
     dinner_ptr, x_ptr, up_ptr, bias_ptr, weights_ptr, seq_ptr, dz_ptr,
     T,
@@ -192,7 +193,7 @@ def _mlp_pool_bwd_kernel(
         tl.store(where, dout * _gelu_slope(z), mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _plain_pool_kernel(
     x_ptr, score_ptr, value_ptr, bias_ptr, weights_ptr, seq_ptr, partial_ptr,
     T,
@@ -289,11 +290,13 @@ def supports_plain(x: Tensor, score: Tensor, num_heads: int) -> bool:
     """Tell whether the plain form fits one kernel: 16 to 512 scores a token, in groups of a power of two."""
     latents = score.shape[0] // num_heads
     powers = all(n & (n - 1) == 0 for n in (num_heads, latents))
-    return 16 <= score.shape[0] <= 512 and powers
+    return 16 <= score.shape[0] <= MAX_LATENTS and powers
 
 
 def softmax(x: Tensor, norm: Norm, score: Tensor, num_heads: int) -> Tensor:
     """Probabilities (T, H*R) of each token over the latents of each head."""
+    if score.shape[0] > MAX_LATENTS * num_heads:
+        return plain.softmax(x, norm, score, num_heads, SLAB_ROWS)
     x, score = normalise(x, norm), score.contiguous()
     (tokens, d), latents = x.shape, score.shape[0] // num_heads
     probs = x.new_empty(tokens, score.shape[0])
@@ -310,6 +313,8 @@ def softmax_backward(
     dprobs: Tensor, probs: Tensor, x: Tensor, norm: Norm, score: Tensor, num_heads: int
 ) -> LinearGradients:
     """Gradients of `softmax` for x, the norm and score."""
+    if score.shape[0] > MAX_LATENTS * num_heads:
+        return plain.softmax_backward(dprobs, probs, x, norm, score, num_heads, SLAB_ROWS)
     grads, latents = LinearGradients(x, norm, score), score.shape[0] // num_heads
     for rows in plain.slabs(x.shape[0], SLAB_ROWS):
         p, dscores = probs[rows], torch.empty_like(probs[rows])

@@ -1,6 +1,8 @@
 """Where and how kernels run: the choice of backend, and launch configurations per architecture."""
 
+import contextlib
 import functools
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
@@ -49,6 +51,17 @@ def resolve_backend(backend: str, tensor: Tensor) -> str:
 def interpreted() -> bool:
     """Tell whether Triton interprets kernels on the host (TRITON_INTERPRET=1)."""
     return knobs is not None and bool(knobs.runtime.interpret)
+
+
+def on_device(tensor: Tensor) -> AbstractContextManager:
+    """Make a tensor's GPU the current one: Triton launches there, wherever the tensors are."""
+    return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else contextlib.nullcontext()
+
+
+def precision(dtype: torch.dtype) -> str:
+    """Return Triton's `input_precision`: fp32 products are exact unless torch's switch allows TF32."""
+    allowed = dtype == torch.float32 and torch.version.hip is None and torch.backends.cuda.matmul.allow_tf32
+    return "tf32" if allowed else "ieee"
 
 
 @functools.cache
