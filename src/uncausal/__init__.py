@@ -11,6 +11,10 @@ __version__ = "0.1.0"
 _HOME = {
     "flash_attn_func": "kernels.attention",
     "flash_attn_varlen_func": "kernels.attention",
+    "flash_attn_kvpacked_func": "kernels.attention_packed",
+    "flash_attn_qkvpacked_func": "kernels.attention_packed",
+    "flash_attn_varlen_kvpacked_func": "kernels.attention_packed",
+    "flash_attn_varlen_qkvpacked_func": "kernels.attention_packed",
     "InfoNCE": "kernels.info_nce",
     "info_nce": "kernels.info_nce",
     "info_nce_prefixes": "kernels.info_nce_prefixes",
@@ -56,6 +60,12 @@ if TYPE_CHECKING:
     from uncausal.encoder.training.stages.mntp import MNTP
     from uncausal.encoder.training.stages.simcse import SimCSE
     from uncausal.kernels.attention import flash_attn_func, flash_attn_varlen_func
+    from uncausal.kernels.attention_packed import (
+        flash_attn_kvpacked_func,
+        flash_attn_qkvpacked_func,
+        flash_attn_varlen_kvpacked_func,
+        flash_attn_varlen_qkvpacked_func,
+    )
     from uncausal.kernels.info_nce import InfoNCE, info_nce
     from uncausal.kernels.info_nce_prefixes import info_nce_prefixes
     from uncausal.kernels.latent_pooling import LatentAttentionPooling, latent_attention_pool
