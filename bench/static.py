@@ -271,6 +271,67 @@ def budget(rows: Iterable[dict[str, Any]]) -> dict[str, dict[str, float]]:
     return found
 
 
+def _lengths(kind: str) -> tuple[int, ...]:
+    """Token counts of a batch: log-normal texts, or sentences of 12 to 39 tokens."""
+    generator = torch.Generator().manual_seed(0)
+    if kind == "sentences":
+        return tuple(torch.randint(12, 40, (64,), generator=generator).tolist())
+    return tuple(torch.randn(64, generator=generator).mul(0.8).add(4.5).exp().clamp(16, 512).int().tolist())
+
+
+def _dense(batch: int, length: int, dims: tuple[int, ...], heads: tuple[int, int] = (12, 12)) -> None:
+    from uncausal.kernels.attention import flash_attn_func
+
+    for d in dims:
+        shapes = ((batch, length, h, d) for h in (heads[0], heads[1], heads[1]))
+        q, k, v = (torch.randn(shape, dtype=torch.bfloat16, requires_grad=True) for shape in shapes)
+        out, _, _ = flash_attn_func(q, k, v, return_attn_probs=True, backend="triton")
+        out.sum().backward()
+
+
+def _drop_in(lengths: tuple[int, ...]) -> None:
+    from uncausal.kernels.attention import flash_attn_varlen_func
+
+    cu = _cu_seqlens(*lengths)
+    q, k, v = (torch.randn(sum(lengths), 12, 64, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    out, _, _ = flash_attn_varlen_func(q, k, v, cu, cu, return_attn_probs=True, backend="triton")
+    out.sum().backward()
+
+
+TRACED: dict[str, Callable[[], None]] = {
+    "dense 4 x 2048": partial(_dense, 4, 2048, (64, 80, 96, 128, 192, 256)),
+    "dense, GQA 9:3": partial(_dense, 2, 512, (64,), (9, 3)),
+    "dense, GQA 32:8": partial(_dense, 1, 512, (128,), (32, 8)),
+    "drop-in varlen, log-normal 16 to 512": lambda: _drop_in(_lengths("texts")),
+    "known lengths, log-normal 16 to 512": lambda: _attention(_lengths("texts"), (64,)),
+    "known lengths, from 128 tokens": lambda: _attention((128, 200, 512), (64,)),
+    "SimCSE, dropout": lambda: _attention(_lengths("sentences"), (64,), dropout_p=0.3),
+    "windows of 512": lambda: _attention((2048, 1024), (256,), window_size=(512, 512)),
+}
+
+
+def trace(arch: str) -> str:
+    """Tell what calls as users make them launch on an architecture: a Markdown table of tiles."""
+    lines = [
+        "| call | kernel | D | tile | warps, stages | sequences share a tile |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, call in TRACED.items():
+        with recorded_launches(arch) as found:
+            call()
+        for launch in found:
+            facts, options = dict(launch.constexprs), dict(launch.options)
+            if "BLOCK_N" in facts:
+                tile = f"{facts['BLOCK_M']} x {facts['BLOCK_N']}"
+                cells = [name, launch.kernel.__name__.strip("_"), facts["D"], tile]
+                cells += [
+                    f"{options['num_warps']}, {options['num_stages']}",
+                    "yes" if facts["SHARED"] else "no",
+                ]
+                lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
 def _installed(distribution: str) -> bool:
     try:
         metadata.version(distribution)
@@ -328,7 +389,12 @@ def main() -> None:
     parser.add_argument("--arch", nargs="+", choices=list(ladder.ARCHS), help="default: every shipped one")
     parser.add_argument("--kernel", nargs="+", choices=names)
     parser.add_argument("--write-budget", action="store_true", help="accept the figures of our own kernels")
+    parser.add_argument("--trace", action="store_true", help="only list what calls launch; compiles nothing")
     options = parser.parse_args()
+    if options.trace:
+        for arch in options.arch or ("sm90",):
+            print(f"{arch}\n\n{trace(arch)}\n")
+        return
     from uncausal.kernels.launch import ARCHS
 
     rows = list(report(options.kernel or names, options.arch or ARCHS))

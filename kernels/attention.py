@@ -244,13 +244,13 @@ def flash_attn_func(
             f"q, k, v must be (B, L, H, D), got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
         )
     batch = q.shape[0]
-    cu_q, cu_k = (torch.arange(batch + 1, device=q.device, dtype=torch.int32) * x.shape[1] for x in (q, k))
+    layout_q, layout_k = (PackedLayout.from_shape(batch, x.shape[1], q.device) for x in (q, k))
     out, lse, _ = flash_attn_varlen_func(
         q.flatten(0, 1),
         k.flatten(0, 1),
         v.flatten(0, 1),
-        cu_q,
-        cu_k,
+        layout_q.cu_seqlens,
+        layout_k.cu_seqlens,
         q.shape[1],
         k.shape[1],
         dropout_p,
@@ -261,6 +261,7 @@ def flash_attn_func(
         alibi_slopes,
         deterministic,
         True,
+        layout=(layout_q, layout_k),
         dropout_seed=dropout_seed,
         backend=backend,
     )

@@ -22,7 +22,13 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from uncausal.kernels.attention_torch import Options, dropout_threshold
-from uncausal.kernels.launch import OWN_TILE_TOKENS, architecture, attention_config, precision
+from uncausal.kernels.launch import (
+    ATTENTION_TF32,
+    OWN_TILE_TOKENS,
+    architecture,
+    attention_config,
+    precision,
+)
 from uncausal.kernels.packing import PackedLayout
 
 _LOG2E = math.log2(math.e)
@@ -434,6 +440,8 @@ def addressable(x: Tensor) -> Tensor:
 
 def may_share_tiles(layout: PackedLayout) -> bool:
     """Tell whether several sequences of a layout may share a tile, the case where lengths are unknown."""
+    if layout.equal_lengths and layout.max_seqlen is not None:
+        return layout.max_seqlen < OWN_TILE_TOKENS
     return layout.lengths is None or any(n < OWN_TILE_TOKENS for n in layout.lengths)
 
 
@@ -447,12 +455,11 @@ def tile_maps(
     )
     if not backward:
         return maps
-    # dropout wants keys from a multiple of 32 on, so that a tile gives up to 31 of them away
-    block = _config("dkv", q, options)["BLOCK_N"] - (32 if options.dropout_p > 0 else 0)
+    align = 32 if options.dropout_p > 0 else 1  # one draw of dropout serves keys from a multiple of 32 on
     return maps._replace(
         tiles_dq=layout_q.tiles(_config("dq", q, options)["BLOCK_M"], group),
         sequences_k=layout_k.sequence_of_token(),
-        tiles_dkv=layout_k.tiles(block),
+        tiles_dkv=layout_k.tiles(_config("dkv", q, options)["BLOCK_N"], 1, align),
     )
 
 
@@ -462,6 +469,7 @@ def _arguments(q, k, v, cu_seqlens_q, cu_seqlens_k, seed, options: Options) -> d
     if options.softcap > 0:
         scale *= 2 / options.softcap
     threshold = dropout_threshold(options.dropout_p)
+    fast = architecture(q.device) in ATTENTION_TF32
     return dict(
         q_ptr=q, k_ptr=k, v_ptr=v, cu_q_ptr=cu_seqlens_q, cu_k_ptr=cu_seqlens_k,
         seed_ptr=cu_seqlens_q if seed is None else seed,
@@ -473,7 +481,8 @@ def _arguments(q, k, v, cu_seqlens_q, cu_seqlens_k, seed, options: Options) -> d
         threshold=threshold, keep_scale=65536 / (65536 - threshold),
         G=q.shape[1] // k.shape[1], D=q.shape[2], BLOCK_D=max(16, triton.next_power_of_2(q.shape[2])),
         WINDOW=options.left >= 0 or options.right >= 0, SOFTCAP=options.softcap > 0,
-        DROPOUT=options.dropout_p > 0, SHARED=options.shared, PRECISION=precision(q.dtype),
+        DROPOUT=options.dropout_p > 0, SHARED=options.shared,
+        PRECISION=precision(q.dtype) if fast else "ieee",
     )  # fmt: skip
 
 

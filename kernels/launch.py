@@ -166,6 +166,10 @@ OWN_TILE_TOKENS = max(
 )
 
 
+# Whose fp32 tiles are known to hold TF32 without spills; dK/dV would spill 24 bytes on sm86.
+ATTENTION_TF32 = ("sm80", "sm90")
+
+
 def attention_config(kernel: str, d: int, itemsize: int, arch: str, plain: bool = False) -> dict[str, Any]:
     """Launch configuration of an attention kernel.
 

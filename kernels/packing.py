@@ -19,6 +19,7 @@ class PackedLayout:
         total: T, the number of packed tokens.
         lengths: the B lengths as Python integers, when the host knows them.
         max_seqlen: the greatest length, when the host knows it.
+        equal_lengths: whether every length is max_seqlen, as in a dense batch.
         indices: (T,) int64, place of every packed token in the flattened (B * L) padded batch.
         padded_shape: (B, L) of the padded batch that `indices` refers to.
     """
@@ -27,6 +28,7 @@ class PackedLayout:
     total: int
     lengths: tuple[int, ...] | None = None
     max_seqlen: int | None = None
+    equal_lengths: bool = False
     indices: Tensor | None = None
     padded_shape: tuple[int, int] | None = None
     _maps: dict[tuple, Tensor] = field(default_factory=dict, repr=False, compare=False)
@@ -52,6 +54,12 @@ class PackedLayout:
         )
 
     @classmethod
+    def from_shape(cls, batch: int, length: int, device: torch.device | str = "cpu") -> "PackedLayout":
+        """Lay out a dense batch: `batch` sequences of one length."""
+        cu_seqlens = torch.arange(batch + 1, device=device, dtype=torch.int32) * length
+        return cls(cu_seqlens, batch * length, max_seqlen=length, equal_lengths=True)
+
+    @classmethod
     def from_mask(cls, attention_mask: Tensor) -> "PackedLayout":
         """Lay out the tokens where attention_mask (B, L) is not zero, whichever side is padded."""
         if attention_mask.dim() != 2:
@@ -63,7 +71,7 @@ class PackedLayout:
         indices = mask.flatten().nonzero().squeeze(1)
         lengths = tuple(counts.tolist())  # nonzero has waited for the device already
         shape = (mask.shape[0], mask.shape[1])
-        return cls(cu_seqlens, len(indices), lengths, max((0, *lengths)), indices, shape)
+        return cls(cu_seqlens, len(indices), lengths, max((0, *lengths)), indices=indices, padded_shape=shape)
 
     @classmethod
     def from_cu_seqlens(cls, cu_seqlens: Tensor, total: int, max_seqlen: int | None = None) -> "PackedLayout":
@@ -83,35 +91,47 @@ class PackedLayout:
             )
         return self._maps["sequence",]
 
-    def tiles(self, block: int, group: int = 1) -> Tensor:
+    def tiles(self, block: int, group: int = 1, align: int = 1) -> Tensor:
         """Return the tile map: (N, 2) int32, first and last + 1 row of every tile, longest sequences first.
 
         A row is a token times `group` heads. A sequence of at least `block` rows has tiles of its own; a run
-        of shorter neighbours is cut every `block` rows, so that several of them share a tile. Built on the
-        device without waiting for it: where the host doesn't know the lengths, N is an upper bound and the
-        tiles in excess are empty, (0, 0).
+        of shorter neighbours is cut every `block` rows, so that several of them share a tile. A tile lies in
+        `block` rows from a multiple of `align` on. Built on the device without waiting for it: where the host
+        doesn't know the lengths, N is an upper bound and the tiles in excess are empty, (0, 0).
         """
-        key = ("tiles", block, group)
+        key = ("tiles", block, group, align)
         if key not in self._maps:
-            self._maps[key] = build_tiles(self.cu_seqlens, self.count_tiles(block, group), block, group)
+            count = self.count_tiles(block, group, align)
+            self._maps[key] = build_tiles(self.cu_seqlens, count, block, group, align)
         return self._maps[key]
 
-    def count_tiles(self, block: int, group: int = 1) -> int:
+    def count_tiles(self, block: int, group: int = 1, align: int = 1) -> int:
         """Return the number of tiles, an upper bound where the host doesn't know the lengths."""
-        if self.lengths is None:
-            owners = min(self.batch_size, 2 * (self.total * group // block) + 1)
-            return self.total * group // block + owners
-        count = run = 0
-        for rows in (n * group for n in self.lengths):
-            if rows < block:
-                run += rows
-            else:
-                count += -(-run // block) + -(-rows // block)
-                run = 0
-        return count + -(-run // block)
+        if self.lengths is not None:
+            return _count_tiles(self.lengths, block, group, align)
+        rows = self.total * group
+        if self.equal_lengths and self.max_seqlen is not None:
+            own = self.max_seqlen * group
+            lost = 0 if own % align == 0 else align - 1
+            return -(-rows // block) if own < block else self.batch_size * -(-(own + lost) // block)
+        owners = min(self.batch_size, 2 * (rows // block) + 1)
+        return (rows + owners * (align - 1)) // block + owners
 
 
-def build_tiles(cu_seqlens: Tensor, count: int, block: int, group: int) -> Tensor:
+def _count_tiles(lengths: tuple[int, ...], block: int, group: int, align: int) -> int:
+    def tiles(begin: int, end: int) -> int:
+        return -(-(end - begin // align * align) // block) if end > begin else 0
+
+    count = run = end = 0  # run: where the run of short sequences begins
+    for rows in (n * group for n in lengths):
+        begin, end = end, end + rows
+        if rows >= block:
+            count += tiles(run, begin) + tiles(begin, end)
+            run = end
+    return count + tiles(run, end)
+
+
+def build_tiles(cu_seqlens: Tensor, count: int, block: int, group: int, align: int = 1) -> Tensor:
     """Build the (count, 2) int32 tile map of `PackedLayout.tiles` with device operations alone."""
     offsets = cu_seqlens.long() * group
     begin, length = offsets[:-1], offsets.diff()
@@ -126,14 +146,15 @@ def build_tiles(cu_seqlens: Tensor, count: int, block: int, group: int) -> Tenso
     later = torch.where(opens, begin, offsets[-1]).roll(-1)
     later[-1] = offsets[-1]
     end = later.flip(0).cummin(0).values.flip(0)
-    tiles = torch.where(opens, (end - begin + block - 1) // block, 0)
+    base = begin // align * align
+    tiles = torch.where(opens & (end > begin), (end - base + block - 1) // block, 0)
     last = tiles.cumsum(0)
     index = torch.arange(count, device=cu_seqlens.device)
     owner = torch.searchsorted(last, index, right=True)
     valid = owner < len(begin)
     owner = owner.clamp_max(len(begin) - 1)
-    first_row = begin[owner] + (index - (last - tiles)[owner]) * block
-    last_row = torch.minimum(first_row + block, end[owner])
+    place = base[owner] + (index - (last - tiles)[owner]) * block
+    first_row, last_row = torch.maximum(place, begin[owner]), torch.minimum(place + block, end[owner])
     rows = torch.stack([first_row, last_row], 1) * valid[:, None]
     cost = torch.where(valid, length[owner], -1)
     return rows[cost.argsort(descending=True, stable=True)].to(torch.int32)

@@ -10,7 +10,7 @@ from triton import JITFunction
 
 from uncausal.bench import static
 from uncausal.kernels import attention, info_nce, latent_pooling_ops, launch
-from uncausal.kernels.attention import flash_attn_varlen_func, flash_attn_varlen_ref
+from uncausal.kernels.attention import flash_attn_func, flash_attn_varlen_func, flash_attn_varlen_ref
 from uncausal.kernels.latent_pooling import LatentAttentionPooling
 from uncausal.kernels.packing import PackedLayout
 
@@ -55,6 +55,16 @@ def test_a_token_count_compiles_nothing_again(call):
             CALLS[call](total)
         found.append(launches)
     assert found[0] and found[0] == found[1]
+
+
+@pytest.mark.parametrize(("length", "rows"), [(512, 128), (100, 64)])
+def test_a_dense_batch_tells_its_lengths(length, rows):
+    """Regression: `flash_attn_func` launched the small tiles of unknown lengths, whatever its shape."""
+    with static.recorded_launches("sm80") as launches:
+        flash_attn_func(*torch.randn(3, 2, length, 4, 64, dtype=torch.bfloat16), backend="triton")
+    (one,) = launches
+    constants = dict(one.constexprs)
+    assert constants["BLOCK_M"] == rows and constants["SHARED"] is (length < 128)
 
 
 @pytest.fixture

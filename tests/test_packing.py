@@ -41,22 +41,23 @@ def test_errors_show_what_came():
     st.lists(st.one_of(st.integers(0, 5), st.integers(0, 70)), min_size=1, max_size=40),
     st.sampled_from([16, 32, 64]),
     st.sampled_from([1, 3, 4]),
+    st.sampled_from([1, 8]),
 )
-def test_tiles_cover_every_row_once(lengths, block, group):
+def test_tiles_cover_every_row_once(lengths, block, group, align):
     known = PackedLayout.from_lengths(lengths)
     unknown = PackedLayout.from_cu_seqlens(known.cu_seqlens, known.total)
-    tiles = known.tiles(block, group)
-    assert tiles is known.tiles(block, group)
-    bounded = unknown.tiles(block, group)
+    tiles = known.tiles(block, group, align)
+    assert tiles is known.tiles(block, group, align)
+    bounded = unknown.tiles(block, group, align)
     used = bounded[bounded[:, 1] > bounded[:, 0]]
     assert torch.equal(
         tiles, used
     )  # exact without empty tiles when the lengths are known, the same ones otherwise
-    assert len(bounded) <= known.total * group // block + len(lengths) + 1
+    assert len(bounded) <= known.total * group // block + 2 * len(lengths) + 1
 
     rows = torch.cat([torch.arange(a, b) for a, b in tiles.tolist()] or [torch.zeros(0)])
     assert sorted(rows.tolist()) == list(range(known.total * group))
-    assert all(0 < b - a <= block for a, b in tiles.tolist())
+    assert all(0 < b - a and b - a // align * align <= block for a, b in tiles.tolist())
     sequence = known.sequence_of_token()
     sizes = []
     for a, b in tiles.tolist():
@@ -66,6 +67,28 @@ def test_tiles_cover_every_row_once(lengths, block, group):
         sizes.append(lengths[members[0]] * group if len(members) == 1 else 0)
     long = [n for n in sizes if n >= block]
     assert long == sorted(long, reverse=True)
+
+
+@pytest.mark.parametrize("length", [1, 37, 64, 100, 128])
+@pytest.mark.parametrize("align", [1, 32])
+def test_a_dense_batch_has_the_tiles_of_its_lengths(length, align):
+    dense, known = PackedLayout.from_shape(5, length), PackedLayout.from_lengths([length] * 5)
+    assert torch.equal(dense.cu_seqlens, known.cu_seqlens) and dense.total == known.total
+    tiles = dense.tiles(64, 1, align)
+    assert torch.equal(tiles[tiles[:, 1] > 0], known.tiles(64, 1, align))
+    assert len(tiles) - len(known.tiles(64, 1, align)) <= (5 if length % align else 0)
+
+
+@pytest.mark.parametrize("name", ["12 to 39", "64", "uniform", "long"])
+def test_dropout_gives_few_keys_of_a_tile_away(name):
+    """Regression: a tile of 64 keys took 32, so that its draws could begin at a multiple of 32."""
+    generator = torch.Generator().manual_seed(0)
+    low, high, bound = {"12 to 39": (12, 39, 0.95), "64": (64, 64, 0.8), "uniform": (64, 512, 0.8)}.get(
+        name, (512, 1024, 0.9)
+    )
+    lengths = torch.randint(low, high + 1, (200,), generator=generator).tolist()
+    layout = PackedLayout.from_lengths(lengths)
+    assert layout.total / (64 * len(layout.tiles(64, 1, 32))) >= bound
 
 
 def test_thousands_of_short_sequences_need_few_tiles():
