@@ -332,6 +332,28 @@ def test_adapter_files_are_fetched(monkeypatch, tmp_path):
     assert all(options == {"revision": "v2", "token": "t", "cache_dir": "c"} for *_, options in asked)
 
 
+def test_head_is_looked_for_where_the_model_was(tiny_llama, monkeypatch):
+    """Regression: the head of MNTP came from the main revision, without a token, whatever the model's was."""
+    from uncausal.encoder.training import lm_head
+
+    asked = []
+    monkeypatch.setattr(
+        lm_head, "cached_file", lambda source, name, **options: asked.append((source, name, options))
+    )
+    encoder = Encoder.from_pretrained(tiny_llama, revision="v2", token="t", cache_dir="c", **CPU)
+    encoder.backbone.config.tie_word_embeddings = False
+    encoder.backbone.config._name_or_path = "someone/model"
+    assert encoder.spec is not None
+    for source, revision in ((None, "v2"), ("other/model", None)):
+        asked.clear()
+        with pytest.raises(ValueError, match="no language-model head"):
+            lm_head.find_head(encoder.backbone, source, encoder.spec.hub)
+        wanted = {"revision": revision, "token": "t", "cache_dir": "c", "local_files_only": False}
+        assert len(asked) == 2
+        for found, _, options in asked:
+            assert found == (source or "someone/model") and wanted.items() <= options.items()
+
+
 PRIVATE = {
     Transformer: ["_load_model", "_can_flatten_inputs", "_get_prompt_length", "can_flatten_inputs"],
     SentenceTransformer: [
