@@ -2,15 +2,17 @@
 
 The tensors of every adapter made here are named `base_model.model.layers.N...`. Those of an adapter trained
 on a `...ForCausalLM` are named `base_model.model.model.layers.N...`; peft would load nothing of it into a
-headless model and only warn, so it is refused here.
+headless model and only warn: such an adapter is refused in training, and mapped when it is loaded to encode.
 """
 
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
@@ -21,8 +23,17 @@ PREFIX = "base_model.model."
 LOST_IN_MERGE = 0.05
 
 
-def check_adapter(backbone: nn.Module, path: str | Path) -> None:
+def check_adapter(backbone: nn.Module, path: str | Path, *, headless: bool = True) -> str:
     """Refuse an adapter whose tensors do not belong to this headless backbone.
+
+    Args:
+        backbone: the headless model.
+        path: folder of the adapter.
+        headless: False also takes an adapter trained on a model with a head, if none of it is on the head.
+
+    Returns:
+        What the names of the adapter's modules have before the backbone's own: "" or the path to it under a
+        head.
 
     Raises:
         FileNotFoundError: no adapter in safetensors at `path`.
@@ -36,30 +47,53 @@ def check_adapter(backbone: nn.Module, path: str | Path) -> None:
             names = list(tensors.keys())
     except SafetensorError as error:
         raise ValueError(f"{file}: not readable as safetensors ({error})") from None
-    modules = {name.replace(".base_layer", "") for name, _ in backbone.named_modules()}
+    modules = {name.replace(".base_layer", "") for name, _ in backbone.named_modules()} - {""}
+    prefixes = set()
     for name in names:
         module = name.removeprefix(PREFIX).partition(".lora_")[0]
-        if name.startswith(PREFIX) and module in modules:
-            continue
-        layer = next((known for known in sorted(modules) if known and module.endswith(f".{known}")), None)
-        if layer is not None:
-            found = name[: name.index(layer)]
-            raise ValueError(
-                f"{file}: was trained on a model with a head: its tensors start with {found!r}, those of a "
-                f"headless {type(backbone).__name__} start with {PREFIX!r}. Train it on the headless model."
-            )
-        raise ValueError(f"{file}: the tensor {name!r} fits no module of {type(backbone).__name__}")
+        layer = max((known for known in modules if f".{module}".endswith(f".{known}")), key=len, default=None)
+        if layer is None or not name.startswith(PREFIX):
+            raise ValueError(f"{file}: the tensor {name!r} fits no module of {type(backbone).__name__}")
+        prefixes.add(module.removesuffix(layer))
+    found = min(prefixes, default="")
+    if prefixes - {found} or (found and headless):
+        raise ValueError(
+            f"{file}: was trained on a model with a head: its tensors start with {PREFIX + max(prefixes)!r}, "
+            f"those of a headless {type(backbone).__name__} start with {PREFIX!r}. "
+            "Train it on the headless model."
+        )
+    return found
 
 
-def load_adapter(backbone: Any, path: str | Path) -> None:
-    """Merge a saved adapter into a headless backbone, in place.
+def load_adapter(backbone: Any, path: str | Path, *, headless: bool = True) -> None:
+    """Merge a saved adapter into a headless backbone, in place; the rest is as in `check_adapter`."""
+    prefix = check_adapter(backbone, path, headless=headless)
+    mapping = {f"^{re.escape(prefix)}": ""} if prefix else None
+    merge_lora(PeftModel.from_pretrained(backbone, str(path), key_mapping=mapping))
 
-    Raises:
-        FileNotFoundError: no adapter in safetensors at `path`.
-        ValueError: the adapter belongs to another model, or to one with a head.
+
+def merge_attached(backbone: Any) -> bool:
+    """Merge the adapters that transformers attached to a model (`load_adapter`, `add_adapter`), in place.
+
+    Returns:
+        Whether there were any.
     """
-    check_adapter(backbone, path)
-    merge_lora(PeftModel.from_pretrained(backbone, str(path)))
+    if not getattr(backbone, "_hf_peft_config_loaded", False):
+        return False
+    for name, module in list(backbone.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            module.merge(safe_merge=True)
+            parent = backbone.get_submodule(name.rpartition(".")[0])
+            setattr(parent, name.rpartition(".")[2], module.get_base_layer())
+    _forget(backbone)
+    backbone._hf_peft_config_loaded = False
+    # loading an adapter also taught save_pretrained the adapter's names
+    backbone._weight_conversions = [
+        conversion
+        for conversion in getattr(backbone, "_weight_conversions", None) or []
+        if not any(re.search(r"base_model\.|lora_", pattern) for pattern in conversion.source_patterns)
+    ]
+    return True
 
 
 def merge_lora(adapter: PeftModel) -> float:

@@ -11,7 +11,7 @@ What depends on the batch alone (a PackedLayout) is built in the first layer and
 """
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from uncausal.encoder.layers import find_decoder
 from uncausal.kernels.attention import flash_attn_func, flash_attn_varlen_func
 from uncausal.kernels.packing import PackedLayout, pack, unpack
 
@@ -42,15 +43,19 @@ class _Recent:
 
     def __init__(self, size: int = 8):
         self.size = size
-        self.entries: list[tuple[weakref.ref, int, _Batch | None]] = []
+        self.entries: list[tuple[weakref.ref, int | Tensor, _Batch | None]] = []
 
     def get(self, tensor: Tensor, build: Callable[[Tensor], _Batch | None]) -> _Batch | None:
-        version = -1 if tensor.is_inference() else tensor._version
-        for reference, known_version, value in self.entries:
-            if reference() is tensor and known_version == version:
-                return value
+        # Inference tensors count no versions: only their content tells that a buffer was filled again.
+        version = None if tensor.is_inference() else tensor._version
+        for reference, known, value in self.entries:
+            if reference() is tensor:
+                if torch.equal(known, tensor) if isinstance(known, Tensor) else known == version:
+                    return value
         value = build(tensor)
-        self.entries = [(weakref.ref(tensor), version, value), *self.entries[: self.size - 1]]
+        kept = [entry for entry in self.entries if entry[0]() is not None and entry[0]() is not tensor]
+        state = tensor.clone() if version is None else version
+        self.entries = [(weakref.ref(tensor), state, value), *kept[: self.size - 1]]
         return value
 
 
@@ -73,7 +78,17 @@ def _batch_from_position_ids(position_ids: Tensor) -> _Batch | None:
     return _Batch(PackedLayout.from_lengths(lengths, position_ids.device), False)
 
 
-def _batch_from_cu_seqlens(cu_seqlens: Tensor, total: int, kwargs: dict) -> _Batch:
+def layout_of(features: Mapping[str, Any]) -> PackedLayout:
+    """The layout of a packed batch, from `cu_seq_lens_q` (B + 1,) and, without a synchronisation,
+    `input_ids` (1, T).
+
+    Given to the model as `layout`, it saves every layer the search for it.
+    """
+    total = features["input_ids"].shape[1]
+    return _batch_from_cu_seqlens(features["cu_seq_lens_q"], total, features).layout
+
+
+def _batch_from_cu_seqlens(cu_seqlens: Tensor, total: int, kwargs: Mapping[str, Any]) -> _Batch:
     other, longest = kwargs.get("cu_seq_lens_k"), kwargs.get("max_length_q")
     if other is not None and other is not cu_seqlens and not torch.equal(other, cu_seqlens):
         raise NotImplementedError(
@@ -108,6 +123,9 @@ def _find_batch(query: Tensor, key: Tensor, mask: Tensor | None, kwargs: dict) -
             )
         return _recent.get(mask, _batch_from_mask)
     if position_ids is not None and rows == 1 and position_ids.shape == (1, length) == (1, key.shape[2]):
+        if torch.compiler.is_compiling():  # no graph depends on what they hold: they must be one sequence's
+            torch._assert_async((position_ids.diff() == 1).all(), "compiled, a packed batch needs a layout")
+            return None
         return _recent.get(position_ids, _batch_from_position_ids)
     return None
 
@@ -171,6 +189,9 @@ def uncausal_attention(
         softcap=softcap or 0.0,
         return_attn_probs=s_aux is not None,
     )
+    if torch.is_autocast_enabled(query.device.type):  # which leaves rotated queries and keys in fp32
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = (x.to(dtype) if x.dtype != torch.float64 else x for x in (query, key, value))
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))  # (B, L, H, D)
     if width < head_dim:  # multi-head latent attention; the kernel wants one head dimension
         v = pad(v, (0, head_dim - width))
@@ -220,7 +241,7 @@ def uncausal_mask(
     Raises:
         NotImplementedError: the model asks for a pattern other than causal, bidirectional or sliding window.
     """
-    if use_vmap or "or_masks" in getattr(mask_function, "__qualname__", ""):
+    if use_vmap or getattr(mask_function, "__name__", "") == "or_mask":  # torch.compile reads no __qualname__
         raise NotImplementedError(
             "uncausal attention does not support masks with an overlay; use sdpa or eager"
         )
@@ -237,6 +258,27 @@ def uncausal_mask(
         setattr(attention_mask, _WINDOW, local_size)
         setattr(attention_mask, _FULL, full)
     return attention_mask
+
+
+def assert_packs(model: nn.Module) -> None:
+    """Runs a short padded batch, for a model whose attention has no form here.
+
+    Raises:
+        NotImplementedError: it asks for what the packed attention lacks, or computes attention by itself
+            whatever it is told (alibi, mostly).
+    """
+    _, decoder = find_decoder(model)
+    if not decoder._can_set_attn_implementation():
+        raise NotImplementedError(f"{type(decoder).__name__} cannot use {NAME} attention: take eager or sdpa")
+    ids = torch.ones(2, 6, dtype=torch.long, device=next(decoder.parameters()).device)
+    mask = torch.ones_like(ids)
+    mask[0, 4:] = 0
+    training = decoder.training
+    try:
+        with torch.inference_mode():
+            decoder.eval()(input_ids=ids, attention_mask=mask)
+    finally:
+        decoder.train(training)
 
 
 AttentionInterface.register(NAME, uncausal_attention)

@@ -14,6 +14,8 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import batch_to_device
 from torch import Tensor
 
+from uncausal.encoder.inputs import Prompt, TokenizedTexts, check_not_empty
+
 WINDOW = 8192  # texts tokenised ahead of the model
 
 
@@ -38,7 +40,7 @@ def iter_encode(
     encoder: SentenceTransformer,
     texts: Sequence[str],
     *,
-    prompt: str | None = None,
+    prompt: Prompt | None = None,
     batch_tokens: int | None = None,
     batch_size: int | None = None,
     device: torch.device | None = None,
@@ -48,27 +50,34 @@ def iter_encode(
     Args:
         encoder: an `Encoder` that is packed.
         texts: any number of texts; none may be empty.
-        prompt: put before every text; attended, not pooled.
+        prompt: put before every text, or one for each; attended, not pooled.
         batch_tokens: tokens a batch at most (a longer text stands alone); 1024 by default on a CPU, 16384
             elsewhere.
         batch_size: texts a batch at most; no limit by default.
         device: where the model is; its own by default.
+
+    Raises:
+        ValueError: naming the text that is empty, before anything is encoded.
     """
+    check_not_empty(texts)
     transformer: Any = encoder[0]
     device = device or encoder.device
-    prompt_length = transformer._get_prompt_length(prompt) if prompt else None
     budget = batch_tokens or (1024 if device.type == "cpu" else 16384)
-    windows = [texts[start : start + WINDOW] for start in range(0, len(texts), WINDOW)]
+    windows = [slice(start, start + WINDOW) for start in range(0, len(texts), WINDOW)]
+
+    def tokenize(window: slice) -> TokenizedTexts:
+        own = prompt if prompt is None or isinstance(prompt, str) else prompt[window]
+        return transformer.tokenize_texts(texts[window], own)
+
     encoder.eval()
     with ThreadPoolExecutor(max_workers=1) as ahead:
-        pending = [ahead.submit(transformer.tokenize_texts, window, prompt) for window in windows[:1]]
+        pending = [ahead.submit(tokenize, window) for window in windows[:1]]
         for number in range(len(windows)):
-            ids, cut = pending.pop().result()
-            pending += [
-                ahead.submit(transformer.tokenize_texts, w, prompt) for w in windows[number + 1 :][:1]
-            ]
+            ids, skipped, cut = pending.pop().result()
+            pending += [ahead.submit(tokenize, window) for window in windows[number + 1 :][:1]]
             for batch in token_batches([len(row) for row in ids], budget, batch_size):
-                features = transformer.collate([ids[i] for i in batch], prompt_length)
+                prompts = None if skipped is None else [skipped[i] for i in batch]
+                features = transformer.collate([ids[i] for i in batch], prompts)
                 vectors = encoder(batch_to_device(features, device))["sentence_embedding"]
                 indices, counts = [number * WINDOW + i for i in batch], [len(ids[i]) for i in batch]
                 yield EncodedBatch(indices, vectors, counts, cut)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -12,22 +13,34 @@ from typing import BinaryIO
 
 
 @contextmanager
-def staged(path: Path) -> Iterator[Path]:
-    """Yield an empty folder beside `path`; its files replace those in `path` only if the block succeeds."""
+def staged(path: Path, outdated: str = "") -> Iterator[Path]:
+    """Yield an empty folder beside `path` that takes its place, all or nothing, if the block succeeds.
+
+    What else lies in `path` comes along: entries that the block did not write, but for those whose name
+    matches the pattern `outdated`, which an earlier save left.
+    """
+    path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    former = staging.with_name(f"{staging.name}.former")
     try:
         yield staging
         staging.chmod(0o777 & ~_umask())
-        if not path.exists():
-            staging.rename(path)
-            return
-        for file in sorted(p for p in staging.rglob("*") if p.is_file()):
-            target = path / file.relative_to(staging)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            file.replace(target)
+        for entry in path.iterdir() if path.exists() else ():
+            kept = staging / entry.name
+            if not kept.exists() and not (outdated and re.fullmatch(outdated, entry.name)):
+                if entry.is_dir() and not entry.is_symlink():
+                    shutil.copytree(entry, kept, symlinks=True, copy_function=_link)
+                else:
+                    _link(entry, kept)
+        if path.exists():
+            path.rename(former)
+        staging.rename(path)
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        if former.exists() and not path.exists():
+            former.rename(path)
+        for rest in (staging, former):
+            shutil.rmtree(rest, ignore_errors=True)
 
 
 @contextmanager
@@ -42,6 +55,14 @@ def staged_file(path: Path) -> Iterator[BinaryIO]:
         os.replace(name, path)
     finally:
         Path(name).unlink(missing_ok=True)
+
+
+def _link(source: str | Path, target: str | Path) -> None:
+    """A second name for a file, or a copy where the file system has no such names."""
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:
+        shutil.copy2(source, target, follow_symlinks=False)
 
 
 def _umask() -> int:

@@ -1,29 +1,90 @@
-"""From texts to model features: tokens laid end to end without padding, or padded as the library does."""
+"""From texts to model features: tokens laid end to end without padding, or padded as the library does.
+
+Three things are decided here for encoding and training alike: which tokens are the prompt's, where a long
+text is cut, and what the tokenizer puts around every text (its own special tokens, a chat template, an end
+token).
+"""
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from sentence_transformers.base.modules import Transformer
+from tokenizers.processors import TemplateProcessing
 
 from uncausal.encoder import attention as packed_attention
+from uncausal.encoder.adapters import load_adapter
 from uncausal.encoder.linear import use_onednn
+from uncausal.encoder.loading import adapter_chain, ensure_pad_token
+
+logger = logging.getLogger(__name__)
+
+SLOT = "{text}"  # where a template takes the text
+Prompt = str | Sequence[str]
+
+
+class TokenizedTexts(NamedTuple):
+    """Texts as token ids.
+
+    Attributes:
+        ids: of each text, with its prompt and what the tokenizer adds, cut to the length limit.
+        prompt_lengths: leading tokens of each text that are not pooled, or None where all are.
+        num_truncated: texts that were cut.
+    """
+
+    ids: list[list[int]]
+    prompt_lengths: list[int] | None
+    num_truncated: int
 
 
 class PackedTransformer(Transformer):
     """sentence-transformers' Transformer whose text batches run as one row of T tokens without padding.
 
-    It packs whenever the backbone uses this package's attention; with any other attention it is the library's
-    module unchanged. It is saved under the library's name, so that a saved encoder needs nothing from here.
+    It packs whenever the backbone uses this package's attention; with any other attention it pads as the
+    library does. It is saved under the library's name, so that a saved encoder needs nothing from here.
+
+    Attributes:
+        template: the text around every text, with "{text}" in its place; what stands before the text is
+            attended and not pooled. None for bare texts.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        self.template: str | None = None
+        self._carried: str | None = None  # the template that the tokenizer was saved with
+        self._unframed: list[Any] = []  # the tokenizer's own post-processor, once it was replaced
         use_onednn(self.model)
+        if self.tokenizer is not None:
+            ensure_pad_token(self.tokenizer)
+
+    def _load_model(
+        self,
+        model_name_or_path: str,
+        transformer_task: Any,
+        config: Any,
+        backend: Any,
+        is_peft_model: bool,
+        **kwargs,
+    ) -> Any:
+        """Load the weights; an adapter repository's are its base model's, with its adapters merged."""
+        if not is_peft_model:
+            return super()._load_model(model_name_or_path, transformer_task, config, backend, False, **kwargs)
+        if getattr(config, "is_causal", None) is not False:
+            logger.warning(
+                "%s is an adapter, which does not say whether its model attended both ways: it stays causal; "
+                "load it with bidirectional=True if it did",
+                model_name_or_path,
+            )
+        base, adapters, hub = adapter_chain(model_name_or_path, kwargs)
+        model = super()._load_model(base, transformer_task, config, backend, False, **{**kwargs, **hub})
+        for folder in adapters:
+            load_adapter(model, folder, headless=False)
+        return model
 
     def _can_flatten_inputs(self) -> bool:
         return (
@@ -32,51 +93,145 @@ class PackedTransformer(Transformer):
             and list(self.modality_config) == ["text"]
         )
 
-    def preprocess(self, inputs: Sequence[Any], prompt: str | None = None, **kwargs: Any) -> dict[str, Any]:
+    def frame(self, template: str | None, end: bool = False) -> None:
+        """Have the tokenizer put `template` around every text, and the end token behind it if `end`.
+
+        It becomes the tokenizer's post-processor: truncation spares it, and it is saved with the tokenizer.
+
+        Raises:
+            ValueError: the template has not exactly one "{text}", or the tokenizer cannot carry it.
+        """
+        if self._carried is not None and template != self._carried:
+            raise ValueError(f"the encoder was saved with the template {self._carried!r}, which stays")
+        backend: Any = getattr(self.tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            if template is not None:
+                raise ValueError("a template needs a tokenizer of the tokenizers library")
+            return
+        if self._unframed:
+            [backend.post_processor] = self._unframed
+        own_head, own_tail = head, tail = added_tokens(self.tokenizer)
+        if template is not None and self._carried is None:
+            before, after = _template_tokens(self.tokenizer, template, head, tail)
+            head, tail = [*head, *before], [*after, *tail]
+        last: int | None = getattr(self.tokenizer, "eos_token_id", None)
+        if end and last is not None and tail[-1:] != [last]:
+            tail = [*tail, last]
+        self.template = template
+        if (head, tail) != (own_head, own_tail):
+            self._unframed = self._unframed or [backend.post_processor]
+            backend.post_processor = _around(head, tail, backend)
+            for name in (
+                "add_bos_token",
+                "add_eos_token",
+            ):  # a reload would rebuild the post-processor from them
+                self.tokenizer.init_kwargs.pop(name, None)  # type: ignore[union-attr]
+
+    def preprocess(
+        self, inputs: Sequence[Any], prompt: Prompt | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
         """Tokenise texts into model features: packed (1, T) with `cu_seq_lens_q`, or padded (B, L).
+
+        Args:
+            inputs: texts (or what else the library's module takes).
+            prompt: put before every text, or one for each; attended, not pooled. `prompt_mask`, of the shape
+                of `input_ids`, is true at its tokens.
 
         Raises:
             ValueError: a text is empty, or nothing is left to pool once the prompt is excluded.
         """
         if not all(isinstance(text, str) for text in inputs):
-            return super().preprocess(inputs, prompt=prompt, **kwargs)
-        if not self.can_flatten_inputs or kwargs.get("processing_kwargs"):
-            check_not_empty(inputs)
-            return super().preprocess(inputs, prompt=prompt, **kwargs)
-        ids, _ = self.tokenize_texts(inputs, prompt, kwargs.get("max_length"))
-        return self.collate(ids, self._get_prompt_length(prompt) if prompt else None)
+            return super().preprocess(inputs, prompt=prompt, **kwargs)  # type: ignore[arg-type]
+        check_not_empty(inputs)
+        packed = self.can_flatten_inputs and not kwargs.get("processing_kwargs")
+        if not packed and not prompt and self.template is None:
+            return super().preprocess(inputs, **kwargs)
+        tokens = self.tokenize_texts(inputs, prompt, kwargs.get("max_length"))
+        if packed:
+            return self.collate(tokens.ids, tokens.prompt_lengths)
+        features = super().preprocess(_prompted(inputs, prompt), **kwargs)
+        mask = features["attention_mask"]
+        position = mask.cumsum(1) - 1  # with padding on either side
+        features["prompt_mask"] = mask.bool() & (position < torch.tensor(tokens.prompt_lengths)[:, None])
+        return features
+
+    def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        """Write `token_embeddings` into the features; the layout of a packed batch is built once, here."""
+        model_inputs = {name: value for name, value in features.items() if name != "prompt_mask"}
+        if "cu_seq_lens_q" in features and self.model_forward_params is None and self._can_flatten_inputs():
+            kwargs.setdefault("layout", packed_attention.layout_of(features))
+        features.update(super().forward(model_inputs, **kwargs))
+        return features
 
     def tokenize_texts(
-        self, texts: Sequence[str], prompt: str | None = None, max_length: int | None = None
-    ) -> tuple[list[list[int]], int]:
-        """Return the token ids of every text, cut to the length limit, and how many texts were cut."""
-        check_not_empty(texts)
-        assert self.tokenizer is not None
-        prompted = [prompt + text for text in texts] if prompt else list(texts)
-        limit = max_length or self.max_seq_length or sys.maxsize
-        options: dict[str, Any] = {"return_attention_mask": False, "return_token_type_ids": False}
-        ids = self.tokenizer(prompted, truncation=True, max_length=limit, **options)["input_ids"]
-        at_limit = [text for text, tokens in zip(prompted, ids, strict=True) if len(tokens) == limit]
-        full = self.tokenizer(at_limit, verbose=False, **options)["input_ids"] if at_limit else []
-        prompt_length = (self._get_prompt_length(prompt) or 0) if prompt else 0
-        for text, tokens in zip(texts, ids, strict=True):
-            if len(tokens) <= prompt_length:
-                raise ValueError(
-                    f"no token of {text!r} is left to pool: {len(tokens)} tokens, {prompt_length} of them "
-                    f"the prompt's, limit {limit}. Raise max_seq_length or shorten the prompt."
-                )
-        return ids, sum(len(tokens) > limit for tokens in full)
+        self, texts: Sequence[str], prompt: Prompt | None = None, max_length: int | None = None
+    ) -> TokenizedTexts:
+        """Return the token ids of every text, cut to the length limit, and where its prompt ends.
 
-    def collate(self, ids: Sequence[Sequence[int]], prompt_length: int | None = None) -> dict[str, Any]:
-        """Lay B token lists end to end: `input_ids` and `position_ids` (1, T), `cu_seq_lens_q` (B + 1,)."""
+        A token belongs to the prompt when it holds no character of the text: the boundary is looked for in
+            the
+        tokens of both together, because a prompt's last space is part of the next word's token.
+        """
+        tokenizer: Any = self.tokenizer
+        offsets = bool(prompt) and tokenizer.is_fast
+        options = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
+        prompted = _prompted(texts, prompt)
+        encoded = tokenizer(prompted, truncation=False, return_offsets_mapping=offsets, **options)
+        ids: list[list[int]] = encoded["input_ids"]
+        skipped = None
+        if prompt or self.template is not None:
+            skipped = [len(added_tokens(tokenizer)[0]) if self.template is not None else 0] * len(ids)
+        if prompt:
+            prompts = [prompt] * len(ids) if isinstance(prompt, str) else prompt
+            if offsets:
+                spans = encoded["offset_mapping"]
+                skipped = [
+                    _boundary(span, len(before)) if before else lead
+                    for span, before, lead in zip(spans, prompts, skipped or [], strict=True)
+                ]
+            else:
+                alone = tokenizer(list(prompts), **options)["input_ids"]
+                skipped = [_common(*pair) for pair in zip(alone, ids, strict=True)]
+        limit = max_length or self.max_seq_length or sys.maxsize
+        long = [i for i, row in enumerate(ids) if len(row) > limit]
+        head, tail = added_tokens(tokenizer) if long else ([], [])
+        for i in long:
+            if tokenizer.truncation_side == "left":
+                ids[i] = [*head, *ids[i][len(ids[i]) - limit + len(head) :]]
+            else:
+                ids[i] = [*ids[i][: limit - len(tail)], *tail]
+        for i, row in enumerate(ids):
+            pooled = len(row) - (skipped[i] if skipped else 0)
+            if pooled <= (len(tail) if len(row) == limit else 0):
+                raise ValueError(
+                    f"no token of {texts[i]!r} is left to pool: {len(row)} tokens, {len(row) - pooled} of "
+                    f"them the prompt's, limit {limit}. Raise max_seq_length or shorten the prompt."
+                )
+        return TokenizedTexts(ids, skipped, len(long))
+
+    def prompt_joins_text(self, prompt: str) -> bool:
+        """Whether the end of a prompt becomes one token with some common word behind it."""
+        words = ["a", "the", "The", "what", "1", "("]
+        together = self.tokenize_texts(words, prompt, sys.maxsize).prompt_lengths or []
+        return any(length != self._get_prompt_length(prompt) for length in together)
+
+    def collate(
+        self, ids: Sequence[Sequence[int]], prompt_lengths: Sequence[int] | None = None
+    ) -> dict[str, Any]:
+        """Lay B token lists end to end.
+
+        Returns:
+            `input_ids` and `position_ids` (1, T), `cu_seq_lens_q` (B + 1,), and with prompts `prompt_mask`
+            (1, T)
+            bool: by token and not by text, so that slices of a batch (GradCache's) need not know of it.
+        """
         lengths = np.fromiter(map(len, ids), dtype=np.int64, count=len(ids))
         ends = lengths.cumsum()
         positions = np.arange(ends[-1]) - np.repeat(ends - lengths, lengths)
         cu_seqlens = torch.from_numpy(np.concatenate([[0], ends]).astype(np.int32))
+        flat = np.concatenate([np.asarray(row, dtype=np.int64) for row in ids])
         features: dict[str, Any] = {
-            "input_ids": torch.from_numpy(np.concatenate([np.asarray(row, dtype=np.int64) for row in ids]))[
-                None
-            ],
+            "input_ids": torch.from_numpy(flat)[None],
             "position_ids": torch.from_numpy(positions)[None],
             "cu_seq_lens_q": cu_seqlens,
             "cu_seq_lens_k": cu_seqlens,
@@ -84,15 +239,104 @@ class PackedTransformer(Transformer):
             "max_length_k": int(lengths.max()),
             "modality": "text",
         }
-        if prompt_length is not None:
-            features["prompt_length"] = prompt_length
+        if prompt_lengths is not None:
+            features["prompt_mask"] = torch.from_numpy(positions < np.repeat(prompt_lengths, lengths))[None]
         return features
 
 
-def check_not_empty(texts: Sequence[str]) -> None:
+def added_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Return the tokens that the tokenizer puts before and behind every text by itself."""
+    with_added = tokenizer("a", return_special_tokens_mask=True)
+    ids, added = with_added["input_ids"], with_added["special_tokens_mask"]
+    first = added.index(0)
+    last = len(added) - added[::-1].index(0)
+    return ids[:first], ids[last:]
+
+
+def chat_template(tokenizer: Any) -> str:
+    """Return what the tokenizer's chat template puts around a user's message, as a template with "{text}".
+
+    Without the white space at its end, so that the turn's end token comes last (as LLM2Vec encodes).
+
+    Raises:
+        ValueError: the tokenizer has no chat template.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError(
+            "template='chat', but the tokenizer has no chat template: give one with '{text}' in it"
+        )
+    message = [{"role": "user", "content": SLOT}]
+    return tokenizer.apply_chat_template(message, tokenize=False).rstrip()
+
+
+def find_empty(texts: Sequence[Any]) -> list[int]:
+    """Return the indices of the texts that have nothing to encode."""
+    return [index for index, text in enumerate(texts) if isinstance(text, str) and not text.strip()]
+
+
+def check_not_empty(texts: Sequence[Any]) -> None:
     """Raise ValueError naming the first text that has nothing to encode."""
-    for index, text in enumerate(texts):
-        if not text.strip():
-            raise ValueError(
-                f"text {index} is empty ({text!r}): there is no token to pool; remove it or fill it in"
-            )
+    for index in find_empty(texts)[:1]:
+        raise ValueError(
+            f"text {index} is empty ({texts[index]!r}): there is no token to pool; remove it, fill it in, or "
+            "encode with on_empty='zero' or 'skip'"
+        )
+
+
+def _prompted(texts: Sequence[str], prompt: Prompt | None) -> list[str]:
+    if not prompt:
+        return list(texts)
+    if isinstance(prompt, str):
+        return [prompt + text for text in texts]
+    if len(prompt) != len(texts):
+        raise ValueError(
+            f"expected one prompt, or one for each of {len(texts)} texts; got {len(prompt)} prompts"
+        )
+    return [before + text for before, text in zip(prompt, texts, strict=True)]
+
+
+def _boundary(spans: Sequence[tuple[int, int]], characters: int) -> int:
+    """The first token that holds a character of the text, behind so many characters of prompt."""
+    return next((i for i, (_, end) in enumerate(spans) if end > characters), len(spans))
+
+
+def _common(alone: Sequence[int], together: Sequence[int]) -> int:
+    """The tokens that a prompt alone and the prompt with its text begin with, where no offsets are known."""
+    pairs = enumerate(zip(alone, together, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(alone), len(together)))
+
+
+def _template_tokens(
+    tokenizer: Any, template: str, head: list[int], tail: list[int]
+) -> tuple[list[int], list[int]]:
+    """The tokens of a template before and behind the text, whose own tokens they leave as they are."""
+    if template.count(SLOT) != 1:
+        raise ValueError(f"expected one {SLOT} in the template, got {template!r}")
+    if head and head[0] == tokenizer.bos_token_id:
+        template = template.removeprefix(tokenizer.bos_token)
+    before, after = template.split(SLOT)
+
+    def encode(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+
+    word = encode("hello")
+    together = encode(template.replace(SLOT, "hello"))
+    # SentencePiece gives a word its space by itself
+    for left in dict.fromkeys((before, before.rstrip(" "))):
+        for right in dict.fromkeys((after, after.lstrip(" "))):
+            if [*encode(left), *word, *encode(right)] == together:
+                return encode(left), encode(right)
+    raise ValueError(
+        f"the tokenizer joins the template {template!r} with the text's own tokens: put a newline or a "
+        f"special token on either side of {SLOT}"
+    )
+
+
+def _around(head: list[int], tail: list[int], backend: Any) -> TemplateProcessing:
+    special = [
+        {"id": name, "ids": ids, "tokens": [backend.id_to_token(i) for i in ids]}
+        for name, ids in (("before", head), ("behind", tail))
+        if ids
+    ]
+    pieces = [*(["before"] if head else []), "$A", *(["behind"] if tail else [])]
+    return TemplateProcessing(single=pieces, pair=[*pieces, "$B:1"], special_tokens=special)

@@ -1,20 +1,80 @@
-"""From a name to weights: a model of the hub, a folder, a GGUF file, or a saved encoder."""
+"""From a name to weights: a model of the hub, a folder, a GGUF file, an adapter, or a saved encoder."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
+from peft import PeftConfig
 from transformers import AutoModel, AutoTokenizer, GgufConfig
+from transformers.utils import cached_file
+from transformers.utils.peft_utils import find_adapter_config_file
+
+from uncausal.encoder.adapters import ADAPTER_FILE
+
+if TYPE_CHECKING:
+    from uncausal.encoder.model import Encoder
+
+HUB_OPTIONS = ("revision", "token", "trust_remote_code", "cache_dir", "local_files_only")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderSpec:
+    """How an encoder was loaded: the arguments of `Encoder.from_pretrained`, whose docstring explains them.
+
+    It can be pickled, so that a worker process loads the same encoder again. What was done to an encoder
+    afterwards (training, pruning, another pooling) is not in it: save the encoder, and load the folder.
+    """
+
+    name_or_path: str
+    pooling: str | None = None
+    bidirectional: bool | None = None
+    num_layers: int | None = None
+    attention: str = "auto"
+    adapter: str | Sequence[str] | None = None
+    template: str | None = None
+    gguf_file: str | None = None
+    dtype: str | torch.dtype = "auto"
+    device: str | None = None
+    normalize: bool = False
+    max_seq_length: int | None = None
+    revision: str | None = None
+    token: bool | str | None = field(default=None, repr=False)
+    trust_remote_code: bool = False
+    cache_dir: str | None = None
+    local_files_only: bool = False
+    use_safetensors: bool = True
+    model_kwargs: Mapping[str, Any] | None = None
+
+    def load(self) -> Encoder:
+        """Load the encoder."""
+        from uncausal.encoder.model import Encoder
+
+        arguments = {one.name: getattr(self, one.name) for one in fields(self)}
+        return Encoder.from_pretrained(arguments.pop("name_or_path"), **arguments)
+
+    @property
+    def hub(self) -> dict[str, Any]:
+        """Where and how files of a model are looked for, as transformers' `from_pretrained` takes it."""
+        return {name: getattr(self, name) for name in HUB_OPTIONS}
 
 
 def resolve_dtype(dtype: str | torch.dtype, device: str | None = None) -> torch.dtype:
-    """Return the torch dtype of a name; "auto" is bfloat16 where the hardware multiplies it, else float32."""
+    """Return the torch dtype of a name; "auto" is bfloat16 where the hardware multiplies it, else float32.
+
+    Raises:
+        ValueError: no floating dtype of that name.
+    """
     if dtype != "auto":
-        return getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+        if not isinstance(found, torch.dtype) or not found.is_floating_point:
+            raise ValueError(f"dtype {dtype!r} is unknown: choose auto, float32, bfloat16 or float16")
+        return found
     if torch.cuda.is_available() and device != "cpu":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
@@ -22,7 +82,7 @@ def resolve_dtype(dtype: str | torch.dtype, device: str | None = None) -> torch.
 
 
 @contextmanager
-def located(source: str | Path, gguf_file: str | None) -> Iterator[str]:
+def located(source: str | Path, gguf_file: str | None, **hub: Any) -> Iterator[str]:
     """Yield a model id or folder that transformers loads; GGUF weights are first written as a folder."""
     if isinstance(source, str) and (source.startswith((".", "/", "~")) or source.count("/") > 1):
         raise FileNotFoundError(f"no model at {source!r}: give a folder, a .gguf file or a Hugging Face id")
@@ -30,17 +90,22 @@ def located(source: str | Path, gguf_file: str | None) -> Iterator[str]:
         try:
             yield str(source)
         except OSError as error:
+            reason = str(error).splitlines()[0]
+            if "safetensors" in reason:
+                raise OSError(
+                    f"{source}: no weights in safetensors. Pickled weights can run code as they are read: "
+                    f"pass use_safetensors=False if you trust them ({reason})"
+                ) from error
             if isinstance(source, Path):
                 raise
-            reason = str(error).splitlines()[0]
             raise FileNotFoundError(f"no model {source!r}: not a folder here, and {reason}") from error
         return
     try:
         config = GgufConfig(dequantize=True)
         model = AutoModel.from_pretrained(
-            source, gguf_file=gguf_file, quantization_config=config, dtype=torch.float32
+            source, gguf_file=gguf_file, quantization_config=config, dtype=torch.float32, **hub
         )
-        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf_file)
+        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf_file, **hub)
     except (ValueError, NotImplementedError, RuntimeError) as error:
         raise ValueError(f"{gguf_file}: transformers cannot read this GGUF ({error})") from error
     # save_pretrained refuses a model that still claims to be quantised.
@@ -51,3 +116,65 @@ def located(source: str | Path, gguf_file: str | None) -> Iterator[str]:
         tokenizer.save_pretrained(folder)
         del model
         yield folder
+
+
+def is_adapter(source: str, hub: Mapping[str, Any]) -> bool:
+    """Whether a folder or repository holds a PEFT adapter."""
+    return find_adapter_config_file(source, **hub_only(hub)) is not None
+
+
+def adapter_folder(source: str, hub: Mapping[str, Any]) -> str:
+    """Return the folder of an adapter's files, fetched where they are not here."""
+    if Path(source).is_dir():
+        return source
+    files = [cached_file(source, name, **hub_only(hub)) for name in ("adapter_config.json", ADAPTER_FILE)]
+    return str(Path(files[-1] or "").parent)
+
+
+def adapter_chain(source: str, options: Mapping[str, Any]) -> tuple[str, list[str], dict[str, Any]]:
+    """Follow adapters to the model that they were trained on; LLM2Vec's are trained one upon another.
+
+    Args:
+        source: folder or repository of an adapter.
+        options: among them the hub's; a revision is the adapter's own.
+
+    Returns:
+        The base model, the folders of the adapters in the order they are merged, and the hub's options for
+        the base.
+    """
+    hub = {name: options[name] for name in HUB_OPTIONS if name in options}
+    adapters: list[str] = []
+    while is_adapter(source, hub):
+        adapters.insert(0, adapter_folder(source, hub))
+        config = PeftConfig.from_pretrained(adapters[0])
+        if not config.base_model_name_or_path or len(adapters) > 8:
+            raise ValueError(f"{source}: its adapter_config.json names no base model")
+        source, hub = config.base_model_name_or_path, {**hub, "revision": config.revision}
+    return source, adapters, hub
+
+
+def lacks_attention(error: Exception) -> bool:
+    """Whether loading failed because the model has no form of the attention that was asked for."""
+    wanted = ("does not support an attention implementation", "cannot use uncausal attention")
+    return (
+        isinstance(error, NotImplementedError)
+        or (isinstance(error, KeyError) and error.args == ("uncausal",))
+        or any(text in str(error) for text in wanted)
+    )
+
+
+def ensure_pad_token(tokenizer: Any) -> None:
+    """Give a tokenizer without a pad token (Llama's) another for it, which the mask tells apart."""
+    if getattr(tokenizer, "pad_token", None) is not None:
+        return
+    known = (tokenizer.eos_token, tokenizer.unk_token, tokenizer.bos_token)
+    tokenizer.pad_token = next((token for token in known if token is not None), None)
+    if tokenizer.pad_token is None:
+        raise ValueError(
+            "the tokenizer has no pad, end, unknown or begin token to pad with: set its pad_token"
+        )
+
+
+def hub_only(hub: Mapping[str, Any]) -> dict[str, Any]:
+    """The hub's options for a file that holds no code."""
+    return {name: hub[name] for name in HUB_OPTIONS if name in hub and name != "trust_remote_code"}

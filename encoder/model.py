@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -19,37 +19,70 @@ import torch
 import torch.nn.functional as F
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Transformer
-from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
+from sentence_transformers.sentence_transformer import modules as library
+from sentence_transformers.sentence_transformer.modules import Normalize
 from sentence_transformers.util import is_sentence_transformer_model, truncate_embeddings
 from tqdm.auto import tqdm
 
 from uncausal.encoder import attention as packed_attention
+from uncausal.encoder.adapters import load_adapter, merge_attached
 from uncausal.encoder.batching import iter_encode
 from uncausal.encoder.conversion import assert_bidirectional, make_bidirectional
 from uncausal.encoder.files import staged
-from uncausal.encoder.inputs import PackedTransformer
+from uncausal.encoder.inputs import PackedTransformer, chat_template, check_not_empty, find_empty
 from uncausal.encoder.layers import decoder_layers
 from uncausal.encoder.linear import quantize_linear
-from uncausal.encoder.loading import located, resolve_dtype
-from uncausal.encoder.pooling import POOLING_MODES, LatentPooling, PoolingName, make_pooling, pooling_name
+from uncausal.encoder.loading import (
+    EncoderSpec,
+    adapter_chain,
+    adapter_folder,
+    hub_only,
+    lacks_attention,
+    located,
+    resolve_dtype,
+)
+from uncausal.encoder.pooling import (
+    POOLING_MODES,
+    LatentPooling,
+    Pooling,
+    PoolingName,
+    make_pooling,
+    pooling_name,
+)
 from uncausal.encoder.pruning import prune_layers
 
 logger = logging.getLogger(__name__)
 
 TEXT_ONLY: Any = {"text": {"method": "forward", "method_output_name": "last_hidden_state"}}
-LIBRARY_TRANSFORMER = f"{Transformer.__module__}.{Transformer.__name__}"
+LIBRARY_BATCH_SIZE = 32  # sentence-transformers' default, which nobody asked for
+OF_AN_EARLIER_SAVE = r"(model|pytorch_model|adapter_model)\b.*|adapter_config\.json|\d+_\w+"
+
+
+def _name(module: type) -> str:
+    return f"{module.__module__}.{module.__name__}"
+
+
+# What modules are saved as, so that a saved encoder needs nothing from here.
+SAVED_NAMES = {_name(PackedTransformer): _name(Transformer), _name(Pooling): _name(library.Pooling)}
 
 
 class Encoder(SentenceTransformer):
     """A decoder-only language model as a text encoder; see `Encoder.from_pretrained`.
 
     `Encoder(path)` loads a saved encoder as `SentenceTransformer(path)` does.
+
+    Attributes:
+        spec: how `from_pretrained` loaded it, for a worker process to do the same; None where it was built
+            otherwise.
     """
 
+    spec: EncoderSpec | None = None
     _quantized = False
+    _saved_template: str | None = None
     _module_classes = {
-        LIBRARY_TRANSFORMER: PackedTransformer,
-        f"{LatentPooling.__module__}.{LatentPooling.__name__}": LatentPooling,
+        _name(Transformer): PackedTransformer,
+        _name(library.Pooling): Pooling,
+        _name(LatentPooling): LatentPooling,
     }
 
     @classmethod
@@ -61,64 +94,92 @@ class Encoder(SentenceTransformer):
         bidirectional: bool | None = None,
         num_layers: int | None = None,
         attention: Literal["auto", "uncausal", "sdpa", "eager"] | str = "auto",
+        adapter: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
+        template: str | None = None,
         gguf_file: str | None = None,
         dtype: str | torch.dtype = "auto",
         device: str | None = None,
         normalize: bool = False,
         max_seq_length: int | None = None,
-        **kwargs: Any,
+        revision: str | None = None,
+        token: bool | str | None = None,
+        trust_remote_code: bool = False,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
+        use_safetensors: bool = True,
+        model_kwargs: Mapping[str, Any] | None = None,
     ) -> Encoder:
-        """Load a causal checkpoint, or a saved encoder, as an encoder.
+        """Load a causal checkpoint, an adapter of one, or a saved encoder, as an encoder.
 
         Args:
-            name_or_path: Hugging Face id, a model folder, or a folder or file of GGUF weights.
-            pooling: "mean" (default), "weighted_mean" (weights 1..n), "last_token" or "latent" (NV-Embed). A
-                saved encoder keeps its own unless told otherwise.
+            name_or_path: Hugging Face id, a model folder, or a folder or file of GGUF weights. A PEFT
+                adapter's loads its base model and merges the adapter.
+            pooling: "mean" (default), "weighted_mean" (weights 1..n), "last_token" (of texts that end with
+                the end token) or "latent" (NV-Embed). A saved encoder keeps its own unless told otherwise.
             bidirectional: True (default) lets every token see every other and proves it on the loaded model;
-                False keeps causal attention. A saved encoder keeps its own mode.
+                False keeps causal attention. A saved encoder keeps its own mode, which is proved again.
             num_layers: keep only the first so many decoder layers (see `uncausal.l3prune`).
-            attention: "auto" and "uncausal" are this package's packed attention, "sdpa" and "eager" torch's.
+            attention: "uncausal" is this package's packed attention, "sdpa" and "eager" are torch's; "auto"
+                is "uncausal", or with a warning one of torch's for a model that has no packed form.
+            adapter: folders or ids of PEFT adapters, merged one after another.
+            template: "chat" is the tokenizer's chat template for a user's message, as LLM2Vec encodes with
+                instruct models; or a text with "{text}" in it. It is saved with the encoder. What stands
+                before the text is attended and not pooled; plain sentence-transformers pools it too, save
+                with "last_token".
             gguf_file: name of the GGUF file inside the folder `name_or_path`; its weights are dequantised.
             dtype: "auto" is bfloat16 where the hardware multiplies it, else float32.
             device: as in torch; default: the best available one.
             normalize: append a layer that scales vectors to length 1.
             max_seq_length: limit in tokens; longer texts are cut, with a warning that counts them.
-            **kwargs: passed to transformers as the weights are loaded (revision, token, trust_remote_code).
+            revision, token, trust_remote_code, cache_dir, local_files_only: as in transformers, for all
+                files alike.
+            use_safetensors: False also reads pickled weights, which can run code.
+            model_kwargs: more for transformers as the weights are loaded.
 
         Raises:
             FileNotFoundError: no model of that name.
             ValueError: the model stays causal (the message names the layer), or an argument is wrong.
         """
+        adapters = [adapter] if isinstance(adapter, str | os.PathLike) else list(adapter or [])
+        spec = EncoderSpec(
+            name_or_path=str(name_or_path),
+            pooling=pooling,
+            bidirectional=bidirectional,
+            num_layers=num_layers,
+            attention=attention,
+            adapter=tuple(str(one) for one in adapters) or None,
+            template=template,
+            gguf_file=gguf_file,
+            dtype=dtype,
+            device=device,
+            normalize=normalize,
+            max_seq_length=max_seq_length,
+            revision=revision,
+            token=token,
+            trust_remote_code=trust_remote_code,
+            cache_dir=None if cache_dir is None else str(cache_dir),
+            local_files_only=local_files_only,
+            use_safetensors=use_safetensors,
+            model_kwargs=model_kwargs,
+        )
         if pooling is not None and pooling not in (*POOLING_MODES, "latent"):
             raise ValueError(f"pooling {pooling!r} is unknown: choose one of {[*POOLING_MODES, 'latent']}")
-        path = Path(name_or_path)
-        if path.is_file() and path.suffix == ".gguf":
-            path, gguf_file = path.parent, path.name
-        kwargs["dtype"] = resolve_dtype(dtype, device)
-        kwargs["attn_implementation"] = packed_attention.NAME if attention == "auto" else attention
-        with located(path if path.exists() else str(name_or_path), gguf_file) as source:
-            saved = gguf_file is None and is_sentence_transformer_model(source)
-            if saved:
-                encoder = cls(source, device=device, model_kwargs=kwargs)
-            else:
-                transformer = PackedTransformer(
-                    source,
-                    model_kwargs=kwargs,
-                    modality_config=TEXT_ONLY,
-                    module_output_name="token_embeddings",
-                )
-                transformer.config._name_or_path = str(name_or_path)
-                encoder = cls(
-                    modules=[transformer, Pooling(transformer.get_embedding_dimension())], device=device
-                )
-        model = encoder.backbone
-        if bidirectional or (bidirectional is None and not saved):
-            make_bidirectional(model)
-            assert_bidirectional(model)
-        elif bidirectional is False and getattr(model.config, "is_causal", None) is False:
-            raise ValueError(f"{name_or_path} was saved bidirectional and cannot be made causal again")
+        names = ("uncausal", "sdpa", "eager") if attention == "auto" else (str(attention),)
+        for name in names:
+            try:
+                encoder, saved = cls._load(spec, name)
+                break
+            except (KeyError, NotImplementedError, ValueError) as error:
+                if name == names[-1] or not lacks_attention(error):
+                    raise
+                if name == names[0]:
+                    logger.warning("%s is encoded padded, with torch's attention: %s", name_or_path, error)
+        encoder.spec = spec
         if num_layers is not None:
             encoder.prune(num_layers)
+        if template is not None:
+            template = chat_template(encoder.tokenizer) if template == "chat" else template
+            encoder.transformer.frame(template, end=encoder.pooling == "last_token")
         if pooling is not None or not saved:
             encoder.set_pooling(pooling or "mean")
         if normalize and not isinstance(encoder._last_module(), Normalize):
@@ -126,6 +187,73 @@ class Encoder(SentenceTransformer):
         if max_seq_length is not None:
             encoder.max_seq_length = max_seq_length
         return encoder
+
+    @classmethod
+    def _load(cls, spec: EncoderSpec, attention: str) -> tuple[Encoder, bool]:
+        """Load the weights, merge the adapters, prove the mode; tells too whether it was a saved encoder."""
+        path, gguf_file = Path(spec.name_or_path), spec.gguf_file
+        if path.is_file() and path.suffix == ".gguf":
+            path, gguf_file = path.parent, path.name
+        options = {
+            "dtype": resolve_dtype(spec.dtype, spec.device),
+            "attn_implementation": attention,
+            "use_safetensors": spec.use_safetensors or None,
+            **(spec.model_kwargs or {}),
+        }
+        with located(path if path.exists() else spec.name_or_path, gguf_file, **spec.hub) as source:
+            where = {
+                "cache_folder" if name == "cache_dir" else name: x for name, x in hub_only(spec.hub).items()
+            }
+            saved = gguf_file is None and is_sentence_transformer_model(source, **where)
+            if saved:
+                where["trust_remote_code"] = spec.trust_remote_code
+                encoder = cls(source, device=spec.device, model_kwargs=options, **where)
+            else:
+                base, adapters, hub = adapter_chain(source, spec.hub)
+                transformer = PackedTransformer(
+                    base,
+                    model_kwargs={**options, **hub},
+                    processor_kwargs=dict(hub),
+                    config_kwargs=dict(hub),
+                    modality_config=TEXT_ONLY,
+                    module_output_name="token_embeddings",
+                )
+                for folder in adapters:
+                    load_adapter(transformer.model, folder, headless=False)
+                transformer.config._name_or_path = base if adapters else spec.name_or_path
+                pooling = make_pooling("mean", transformer.get_embedding_dimension())
+                encoder = cls(modules=[transformer, pooling], device=spec.device)
+        encoder.merge(*(spec.adapter or ()), **{**spec.hub, "revision": None})
+        model = encoder.backbone
+        if attention == packed_attention.NAME:
+            packed_attention.assert_packs(model)
+        if spec.bidirectional or (spec.bidirectional is None and not saved):
+            make_bidirectional(model)
+            assert_bidirectional(model)
+        elif spec.bidirectional is False and getattr(model.config, "is_causal", None) is False:
+            raise ValueError(f"{spec.name_or_path} was saved bidirectional and cannot be made causal again")
+        return encoder, saved
+
+    def _post_init(self) -> None:
+        """Prove a saved encoder's mode anew: some models, and adapters saved alone, come back causal."""
+        super()._post_init()
+        transformer = self[0]
+        if not isinstance(transformer, PackedTransformer):
+            return
+        if self._saved_template is not None:
+            transformer.template = transformer._carried = self._saved_template
+        if getattr(transformer.config, "is_causal", None) is False:
+            make_bidirectional(transformer.model)
+            assert_bidirectional(transformer.model, quick=True)
+
+    def _parse_model_config(self, model_config: dict[str, Any]) -> None:
+        super()._parse_model_config(model_config)
+        self._saved_template = model_config.get("template")
+
+    def _get_model_config(self) -> dict[str, Any]:
+        config = super()._get_model_config()
+        template = getattr(self.transformer, "template", None)
+        return config if template is None else {**config, "template": template}
 
     @property
     def transformer(self) -> Any:
@@ -153,8 +281,27 @@ class Encoder(SentenceTransformer):
         return pooling_name(self[1])
 
     def set_pooling(self, pooling: PoolingName) -> None:
-        """Replace the pooling. Prompt tokens are attended but never pooled."""
+        """Replace the pooling. Prompt tokens are never pooled; "last_token" ends texts with an end token."""
         self[1] = make_pooling(pooling, self.transformer.get_embedding_dimension()).to(self.device)
+        if isinstance(self.transformer, PackedTransformer):
+            self.transformer.frame(self.transformer.template, end=pooling == "last_token")
+
+    def merge(self, *adapters: str | os.PathLike[str], **hub: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Merge adapters into the weights: those that `load_adapter` attached, then the given ones.
+
+        (The library's own `merge` averages models: `SentenceTransformer.merge`.)
+
+        Args:
+            *adapters: folders or ids of PEFT adapters, merged one after another, as LLM2Vec's stages are.
+            **hub: where ids are looked for: revision, token, cache_dir, local_files_only.
+
+        Raises:
+            FileNotFoundError: no adapter in safetensors of that name.
+            ValueError: it was trained on another model.
+        """
+        merge_attached(self.backbone)
+        for adapter in adapters:
+            load_adapter(self.backbone, adapter_folder(str(adapter), hub), headless=False)
 
     def prune(self, num_layers: int) -> None:
         """Keep the first `num_layers` decoder layers (L3Prune's manual mode)."""
@@ -174,7 +321,7 @@ class Encoder(SentenceTransformer):
         self._quantized = True
 
     def get_model_kwargs(self) -> list[str]:
-        return [*super().get_model_kwargs(), "batch_tokens"]
+        return [*super().get_model_kwargs(), "batch_tokens", "on_empty"]
 
     @contextmanager
     def padded(self) -> Iterator[None]:
@@ -186,21 +333,62 @@ class Encoder(SentenceTransformer):
         finally:
             transformer.can_flatten_inputs = packed
 
+    def _multi_process(self, inputs: Sequence[Any], *args: Any, **options: Any) -> Any:
+        if options.get("on_empty", "raise") == "raise":
+            check_not_empty(inputs)  # a worker would count within its chunk
+        return super()._multi_process(inputs, *args, **options)
+
     @torch.inference_mode()
-    def _inference(self, inputs: list, *, batch_tokens: int | None = None, **options: Any) -> Any:
-        """Encode texts sorted by length in batches of at most `batch_tokens` tokens, without padding."""
+    def _inference(
+        self, inputs: list, *, on_empty: Literal["raise", "zero", "skip"] = "raise", **options: Any
+    ) -> Any:
+        """Encode texts; the options are those of `encode`.
+
+        Args:
+            inputs: texts, or what else the library's modules take.
+            on_empty: an empty text raises ValueError with its index; has the vector zero; or has none.
+            batch_tokens: tokens a batch at most, without padding; 1024 by default on a CPU, 16384 elsewhere.
+            batch_size: texts a batch at most. The library's default, 32, cannot be told from no wish and
+                sets no limit on packed batches.
+        """
+        if on_empty not in ("raise", "zero", "skip"):
+            raise ValueError(f"on_empty is 'raise', 'zero' or 'skip', got {on_empty!r}")
+        empty = set(find_empty(inputs))
+        if not empty or on_empty == "raise":
+            check_not_empty(inputs)
+            return self._encode(inputs, **options)
+        kept = [index for index in range(len(inputs)) if index not in empty]
+        rows = self._encode([inputs[index] for index in kept], **options)
+        if on_empty == "skip":
+            return rows
+        if options["output_value"] != "sentence_embedding":
+            raise ValueError("on_empty='zero' is for vectors of texts: take 'skip'")
+        width = options["truncate_dim"] or self.get_embedding_dimension()
+        if not kept:
+            rows = rows.new_zeros(
+                0, width, dtype=self.dtype, device="cpu" if options["save_to_cpu"] else None
+            )
+        vectors = rows.new_zeros(len(inputs), rows.shape[1])
+        vectors[torch.tensor(kept, dtype=torch.long)] = rows
+        return vectors
+
+    def _encode(self, inputs: list, *, batch_tokens: int | None = None, **options: Any) -> Any:
         texts_only = all(isinstance(text, str) for text in inputs) and not options.get("processing_kwargs")
         if not self.packed or not texts_only or options["output_value"] != "sentence_embedding":
-            if not self.packed:
-                return super()._inference(inputs, **options)
             with self.padded():
                 return super()._inference(inputs, **options)
         device = self._resolve_inference_device(options.get("device"))
         vectors: list[torch.Tensor] = [torch.empty(0)] * len(inputs)
         cut = 0
         bar = tqdm(total=len(inputs), desc="Encoding", unit="text", disable=not options["show_progress_bar"])
+        size = options["batch_size"]
         batches = iter_encode(
-            self, inputs, prompt=options["prompt"], batch_tokens=batch_tokens, device=device
+            self,
+            inputs,
+            prompt=options["prompt"],
+            batch_tokens=batch_tokens,
+            batch_size=None if size == LIBRARY_BATCH_SIZE else size,
+            device=device,
         )
         with bar:
             for batch in batches:
@@ -224,19 +412,49 @@ class Encoder(SentenceTransformer):
             )
         return torch.stack(vectors) if vectors else torch.tensor([], device=device)
 
-    def save(self, path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+    def save(
+        self, path: str | os.PathLike[str], model_name: str | None = None, *args: Any, **kwargs: Any
+    ) -> None:
         """Save so that plain `SentenceTransformer(path)` loads it (latent pooling needs this package).
 
-        Files are written beside `path` and moved in when all are complete: a full disk or Ctrl-C leaves an
-        earlier save as it was.
+        The folder is written beside `path` and takes its place when it is complete: a full disk or Ctrl-C
+            leaves an
+        earlier save as it was. A warning tells where plain sentence-transformers would pool other tokens.
 
         Raises:
             ValueError: the weights are int8.
         """
         if self._quantized:
             raise ValueError("int8 weights are not saved: save before quantize(), and quantize when serving")
-        with staged(Path(path)) as staging:
-            super().save(str(staging), *args, **kwargs)
+        self.merge()  # an adapter saved alone would come back causal
+        with staged(Path(path), outdated=OF_AN_EARLIER_SAVE) as staging:
+            super().save(str(staging), model_name, *args, **kwargs)
             modules = json.loads((staging / "modules.json").read_text())
-            modules[0]["type"] = LIBRARY_TRANSFORMER
+            for module in modules:
+                module["type"] = SAVED_NAMES.get(module["type"], module["type"])
             (staging / "modules.json").write_text(json.dumps(modules, indent=2))
+            card = staging / "README.md"
+            if model_name and card.exists():
+                text = card.read_text(encoding="utf8")
+                card.write_text(
+                    text.replace(self._model_card_model_id_placeholder, model_name), encoding="utf8"
+                )
+        self._warn_of_plain_reload()
+
+    def _warn_of_plain_reload(self) -> None:
+        """Say where plain sentence-transformers pools other tokens than this package."""
+        if self.pooling == "last_token" or getattr(self[1], "include_prompt", True):
+            return
+        if self.transformer.template is not None:
+            logger.warning(
+                "loaded by plain sentence-transformers, this encoder also pools its template's tokens"
+            )
+        for name, prompt in self.prompts.items():
+            if prompt and self.transformer.prompt_joins_text(prompt):
+                logger.warning(
+                    "the end of prompt %r (%r) is one token with the text behind it: loaded by plain "
+                    "sentence-transformers, the encoder leaves the text's first word out of pooling. "
+                    "End the prompt with a newline or a special token.",
+                    name,
+                    prompt,
+                )

@@ -4,8 +4,9 @@ from typing import Any, Literal
 
 import torch
 from sentence_transformers.base.modules.module import Module
-from sentence_transformers.sentence_transformer.modules import Pooling
+from sentence_transformers.sentence_transformer import modules as library
 from torch import Tensor
+from torch.nn.functional import pad
 
 from uncausal.kernels.latent_pooling import LatentAttentionPooling
 from uncausal.kernels.packing import PackedLayout
@@ -15,7 +16,7 @@ PoolingName = Literal["mean", "weighted_mean", "last_token", "latent"]
 PACKED_MODES = tuple(POOLING_MODES.values())
 
 
-def make_pooling(name: PoolingName, width: int) -> "Pooling | LatentPooling":
+def make_pooling(name: str, width: int) -> "Pooling | LatentPooling":
     """Return the pooling module of that name for token states of `width` features.
 
     Prompt tokens are attended but never pooled.
@@ -127,6 +128,42 @@ def token_weights(cu_seqlens: Tensor, tokens: int, skipped: Tensor, mode: str = 
     return weights * (position >= repeat(skipped))
 
 
+class Pooling(library.Pooling):
+    """sentence-transformers' Pooling, where every text may have a prompt of its own length.
+
+    It reads `prompt_mask`, true at the tokens left out, beside the library's features, and is saved under the
+    library's name.
+    """
+
+    def forward(self, features: dict[str, Any], **kwargs) -> dict[str, Any]:
+        """Write `sentence_embedding` (B, d) into the features.
+
+        Raises:
+            ValueError: for a sequence with no token, or none behind its prompt.
+            NotImplementedError: prompts of several lengths for a mode that has no packed form ("cls", "max").
+        """
+        if self.include_prompt or "prompt_mask" not in features:
+            return super().forward(features, **kwargs)
+        lengths = prompt_lengths(features)
+        assert lengths is not None
+        if self.pooling_mode not in PACKED_MODES:
+            if bool((lengths != lengths[0]).any()):
+                raise NotImplementedError(f"pooling {self.pooling_mode!r} takes one length of prompt a batch")
+            return super().forward({**features, "prompt_length": int(lengths[0])}, **kwargs)
+        features["sentence_embedding"] = pool_packed(*_packed(features), str(self.pooling_mode), lengths)
+        return features
+
+
+def prompt_lengths(features: dict[str, Any]) -> Tensor | None:
+    """Return how many leading tokens of each text are its prompt's, (B,), or one number for all, or None."""
+    mask = features.get("prompt_mask")
+    if mask is None:
+        return None if "prompt_length" not in features else torch.as_tensor(features["prompt_length"])
+    if "cu_seq_lens_q" not in features:
+        return mask.sum(1)
+    return pad(mask.flatten().cumsum(0), (1, 0))[features["cu_seq_lens_q"].long()].diff()
+
+
 class LatentPooling(Module):
     """NV-Embed's latent attention layer as a sentence-transformers module, in the place of `Pooling`.
 
@@ -182,11 +219,8 @@ class LatentPooling(Module):
         return features
 
     def _prompt_lengths(self, features: dict[str, Any]) -> int | Tensor | None:
-        if self.include_prompt or "prompt_length" not in features:
-            return None
-        # one number when encoding, a tensor of one or of B equal numbers when training
-        lengths = torch.as_tensor(features["prompt_length"])
-        return (lengths - 1).clamp(min=0) if self.released_prompt_mask else lengths
+        lengths = None if self.include_prompt else prompt_lengths(features)
+        return (lengths - 1).clamp(min=0) if lengths is not None and self.released_prompt_mask else lengths
 
     def get_embedding_dimension(self) -> int:
         return self.embedding_dimension

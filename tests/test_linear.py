@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from uncausal.encoder.linear import OneDNNLinear, quantize_linear, use_onednn
 from uncausal.encoder.model import Encoder
@@ -34,6 +35,34 @@ def test_one_dnn_linear(shape, bias):
     torch.testing.assert_close(got[0], want_x.float(), rtol=1e-5, atol=1e-5)
     expected = torch.autograd.grad(plain(x), list(plain.parameters()), out_grad.float())
     torch.testing.assert_close(list(got[1:]), list(expected), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(7, 33), (2, 5, 33)], ids=str)
+def test_one_dnn_is_what_multiplies(shape):
+    """The result does not show it: torch's own product passed every test. Forward and the input's gradient
+    do."""
+
+    class Calls(TorchDispatchMode):
+        names: list[str] = []
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.names.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    layer = nn.Linear(33, 17)
+    use_onednn(layer)
+    x = torch.randn(shape)
+    with torch.no_grad(), Calls() as calls:
+        calls.names = []
+        layer(x)
+    assert calls.names == ["mkldnn._linear_pointwise.default"]
+    x.requires_grad_()
+    with Calls() as calls:
+        calls.names = []
+        out = layer(x)
+        out.backward(torch.ones_like(out))
+    assert calls.names.count("mkldnn._linear_pointwise.default") == 2
+    assert not any("addmm" in name or "linear.default" in name for name in calls.names)
 
 
 def test_other_dtypes_and_autocast_stay_torchs():

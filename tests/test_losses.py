@@ -201,6 +201,9 @@ def test_info_nce_loss_rejects():
         InfoNCELoss(model, hard_negatives="other")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="mini_batch_size"):
         InfoNCELoss(model, mini_batch_num_tokens=100)
+    for limits in ({"mini_batch_size": 4, "mini_batch_num_tokens": 0}, {"mini_batch_size": 0}):
+        with pytest.raises(ValueError, match="at least 1, got 0"):
+            InfoNCELoss(model, **limits)
     with pytest.raises(ValueError, match="at least the columns"):
         InfoNCELoss(model)(batch(1), None)
     with pytest.raises(ValueError, match="one label per anchor"):

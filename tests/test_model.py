@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,8 +11,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModel, LlamaConfig, LlamaModel
 
-from uncausal.encoder.batching import token_batches
-from uncausal.encoder.inputs import check_not_empty
+from uncausal.encoder.files import staged
 from uncausal.encoder.model import Encoder
 
 TEXTS = [
@@ -99,14 +99,6 @@ def test_pooling_over_nothing_raises(encoder):
         encoder[0].preprocess(["x"], prompt="word " * 8, max_length=4)
 
 
-@pytest.mark.parametrize("empty", ["", "  \n"])
-def test_empty_text_is_named(encoder, empty):
-    with pytest.raises(ValueError, match="text 1 is empty"):
-        encoder.encode(["something", empty])
-    with pytest.raises(ValueError, match="text 0 is empty"), encoder.padded():
-        encoder.encode([empty])
-
-
 def test_long_texts_are_counted_when_cut(encoder, caplog):
     encoder.set_pooling("mean")
     limit, encoder.max_seq_length = encoder.max_seq_length, 12
@@ -184,6 +176,88 @@ def test_failed_save_leaves_the_earlier_one(encoder, tmp_path, monkeypatch):
     assert [entry.name for entry in tmp_path.iterdir()] == ["encoder"]
 
 
+@pytest.mark.parametrize("step", [1, 2, 3, 4, 6])
+def test_save_interrupted_while_it_replaces_leaves_one_of_both(tiny_llama, tmp_path, monkeypatch, step):
+    """Regression: files were moved one by one, and weights of one save met another's configuration."""
+    path = tmp_path / "encoder"
+    encoder = Encoder.from_pretrained(tiny_llama, dtype="float32", device="cpu")
+    encoder.save(path)
+    weights = (path / "model.safetensors").read_bytes()
+    names = sorted(p.relative_to(path) for p in path.rglob("*"))
+    encoder.prune(1)
+    calls = []
+    for name in ("replace", "rename"):
+        original = getattr(Path, name)
+
+        def interrupted(self, target, original=original, name=name):
+            if self.name != "README.md" or name == "replace":
+                calls.append(self)
+            if len(calls) == step:
+                raise KeyboardInterrupt
+            return original(self, target)
+
+        monkeypatch.setattr(Path, name, interrupted)
+    try:
+        encoder.save(path)
+    except KeyboardInterrupt:
+        assert (path / "model.safetensors").read_bytes() == weights
+        assert json.loads((path / "config.json").read_text())["num_hidden_layers"] == 2
+        assert sorted(p.relative_to(path) for p in path.rglob("*")) == names
+    else:
+        assert json.loads((path / "config.json").read_text())["num_hidden_layers"] == 1
+    assert [entry.name for entry in tmp_path.iterdir()] == ["encoder"]
+
+
+def test_save_leaves_no_weights_of_an_earlier_one(tiny_llama, tmp_path):
+    """Regression: an earlier save's shards, adapter and pooling stayed and were loaded."""
+    path = tmp_path / "encoder"
+    (path / "1_LatentPooling").mkdir(parents=True)
+    (path / "checkpoints").mkdir()
+    old = ["model-00001-of-00002.safetensors", "model.safetensors.index.json", "adapter_config.json"]
+    for name in (
+        *old,
+        "adapter_model.safetensors",
+        "1_LatentPooling/config.json",
+        "notes.txt",
+        "checkpoints/1",
+    ):
+        (path / name).write_text("{}")
+    (tmp_path / "link").symlink_to(path)
+    encoder = Encoder.from_pretrained(tiny_llama, dtype="float32", device="cpu")
+    encoder.save(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    left = {p.name for p in path.iterdir()}
+    assert not left & {*old, "adapter_model.safetensors", "1_LatentPooling"}
+    assert (path / "notes.txt").exists() and (path / "checkpoints" / "1").exists(), "what is not ours stays"
+    np.testing.assert_allclose(SentenceTransformer(str(path)).encode(TEXTS), encoder.encode(TEXTS), atol=1e-4)
+
+
+def test_staged_copies_where_there_are_no_links(tmp_path, monkeypatch):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "kept").write_text("kept")
+
+    def no_links(*_args, **_kwargs):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr("os.link", no_links)
+    with staged(tmp_path / "folder") as staging:
+        (staging / "new").write_text("new")
+    assert {p.name: p.read_text() for p in (tmp_path / "folder").iterdir()} == {"kept": "kept", "new": "new"}
+
+
+def test_model_card_names_the_model(tiny_llama, tmp_path):
+    """Regression: the card kept its placeholder where a model_name was given."""
+    encoder = Encoder.from_pretrained(tiny_llama, dtype="float32", device="cpu")
+    encoder.save(tmp_path / "first", model_name="someone/encoder")
+    encoder.save(tmp_path / "unnamed")
+    SentenceTransformer(str(tmp_path / "unnamed"), device="cpu").save(str(tmp_path / "plain"))
+    Encoder(str(tmp_path / "unnamed"), device="cpu").save(tmp_path / "again", model_name="someone/encoder")
+    Encoder(str(tmp_path / "plain"), device="cpu").save(tmp_path / "ours", model_name="someone/encoder")
+    for folder in ("first", "again", "ours"):
+        card = (tmp_path / folder / "README.md").read_text()
+        assert "someone/encoder" in card and "sentence_transformers_model_id" not in card
+
+
 def test_unwritable_folder_is_an_error(encoder, tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(OSError):
@@ -232,18 +306,6 @@ def test_normalize_and_truncate(encoder):
     vectors = encoder.encode(TEXTS, truncate_dim=64, normalize_embeddings=True)
     assert vectors.shape == (len(TEXTS), 64)
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-6)
-
-
-def test_token_batches_respect_the_budget():
-    lengths = [5, 1, 9, 3, 3, 20]
-    batches = token_batches(lengths, 10)
-    assert sorted(i for batch in batches for i in batch) == list(range(6))
-    assert all(sum(lengths[i] for i in batch) <= 10 or len(batch) == 1 for batch in batches)
-    assert len(batches) == 4
-
-
-def test_check_not_empty_accepts_text():
-    check_not_empty(["a", " b "])
 
 
 def test_new_model_without_gguf(tmp_path, smollm2):

@@ -6,10 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
-from sentence_transformers.sentence_transformer.modules import Pooling
+from sentence_transformers.sentence_transformer import modules as library
 from transformers import LlamaConfig, LlamaModel
 
-from uncausal.encoder.pooling import LatentPooling, pool_packed
+from uncausal.encoder.pooling import LatentPooling, Pooling, pool_packed
 from uncausal.kernels.latent_pooling import LatentAttentionPooling
 
 LENGTHS = [[7], [1, 64, 5], [31, 2, 1, 129]]
@@ -35,7 +35,7 @@ def packed_and_padded(lengths, dtype, side="right"):
 def test_pool_packed_equals_padded(mode, dtype, side, lengths):
     hidden, cu_seqlens, padded, mask = packed_and_padded(lengths, dtype, side)
     features = {"token_embeddings": padded, "attention_mask": mask}
-    expected = Pooling(24, mode)(features)["sentence_embedding"]
+    expected = library.Pooling(24, mode)(features)["sentence_embedding"]
     actual = pool_packed(hidden, cu_seqlens, mode)
     assert actual.dtype == expected.dtype
     torch.testing.assert_close(actual, expected, rtol=BOUND[dtype], atol=BOUND[dtype])
@@ -45,7 +45,7 @@ def test_pool_packed_equals_padded(mode, dtype, side, lengths):
 def test_pool_packed_without_prompt(mode):
     hidden, cu_seqlens, padded, mask = packed_and_padded([9, 4, 30], torch.float64)
     features = {"token_embeddings": padded, "attention_mask": mask, "prompt_length": 3}
-    expected = Pooling(24, mode, include_prompt=False)(features)["sentence_embedding"]
+    expected = library.Pooling(24, mode, include_prompt=False)(features)["sentence_embedding"]
     torch.testing.assert_close(pool_packed(hidden, cu_seqlens, mode, 3), expected)
     each = pool_packed(hidden, cu_seqlens, mode, torch.tensor([0, 3, 29]))
     torch.testing.assert_close(each[1], expected[1])
@@ -69,6 +69,41 @@ def test_pool_packed_names_the_empty_sequence():
         pool_packed(hidden, torch.tensor([0, 3]), "mean")
     with pytest.raises(ValueError, match="mode"):
         pool_packed(hidden, torch.tensor([0, 5]), "middle")
+
+
+@pytest.mark.parametrize("form", ["packed", "right", "left"])
+@pytest.mark.parametrize("mode", ["mean", "weightedmean", "lasttoken", "cls", "max"])
+def test_pooling_with_a_prompt_of_its_own_for_every_text(form, mode):
+    """sentence-transformers' Pooling took the first text's prompt length for all."""
+    hidden, cu_seqlens, padded, mask = packed_and_padded([9, 4, 30], torch.float64, form)
+    prompts = [3, 0, 29] if mode in ("mean", "weightedmean", "lasttoken") else [3, 3, 3]
+    rows = [hidden[i:j] for i, j in zip(cu_seqlens[:-1], cu_seqlens[1:], strict=True)]
+    position = torch.cat([torch.arange(len(row)) for row in rows])
+    lengths = torch.tensor(prompts).repeat_interleave(cu_seqlens.diff())
+    pooling = Pooling(24, mode, include_prompt=False)
+    if form == "packed":
+        features = {"token_embeddings": hidden[None], "cu_seq_lens_q": cu_seqlens}
+        features["prompt_mask"] = (position < lengths)[None]
+    else:
+        features = {"token_embeddings": padded, "attention_mask": mask}
+        before = (mask.cumsum(1) - 1) < torch.tensor(prompts)[:, None]
+        features["prompt_mask"] = before & mask.bool()
+    got = pooling(features)["sentence_embedding"]
+    for row, skipped, vector in zip(rows, prompts, got, strict=True):
+        alone = {"token_embeddings": row[None], "attention_mask": torch.ones(1, len(row))}
+        expected = library.Pooling(24, mode, include_prompt=False)({**alone, "prompt_length": skipped})
+        torch.testing.assert_close(vector, expected["sentence_embedding"][0])
+    kept = Pooling(24, mode)(dict(features))["sentence_embedding"]
+    assert mode == "lasttoken" or not torch.allclose(kept, got), "include_prompt=True pools the prompt"
+
+
+def test_pooling_of_prompts_that_has_no_packed_form():
+    hidden, cu_seqlens, _, _ = packed_and_padded([9, 4], torch.float64)
+    mask = torch.zeros(1, 13, dtype=torch.bool)
+    mask[0, :2] = True
+    features = {"token_embeddings": hidden[None], "cu_seq_lens_q": cu_seqlens, "prompt_mask": mask}
+    with pytest.raises(NotImplementedError, match="'max' takes one length of prompt"):
+        Pooling(24, "max", include_prompt=False)(features)
 
 
 SMALL: Any = {"num_latents": 8, "num_heads": 2, "mlp_ratio": 2}

@@ -286,6 +286,6 @@ def test_prompts_of_one_batch_may_differ():
     model = Held()
     model.go.set()
     batcher = Batcher(model, batch_tokens=99, max_waiting=9)  # type: ignore[arg-type]
-    futures = batcher.submit([[1, 2]], prompt_length=1) + batcher.submit([[3]])
+    futures = batcher.submit([[1, 2]], prompt_lengths=[1]) + batcher.submit([[3]])
     batcher.close()
     assert [f.result()[0] for f in futures] == [3, 3]

@@ -80,12 +80,14 @@ class Batcher:
         """Texts in the queue."""
         return len(self.jobs)
 
-    def submit(self, texts: Sequence[Sequence[int]], prompt_length: int = 0) -> list[Future[np.ndarray]]:
+    def submit(
+        self, texts: Sequence[Sequence[int]], prompt_lengths: Sequence[int] | None = None
+    ) -> list[Future[np.ndarray]]:
         """Queue the texts of one request, all or none, and return a future (d,) float32 for each.
 
         Args:
             texts: token ids, at least one that is not the prompt's.
-            prompt_length: leading tokens that are attended but not pooled.
+            prompt_lengths: leading tokens of each that are attended but not pooled; none by default.
 
         Raises:
             QueueFullError: no room for all of them.
@@ -98,7 +100,8 @@ class Batcher:
             if len(self.jobs) + len(texts) > self.max_waiting:
                 tokens = sum(len(job.ids) for job in self.jobs)
                 raise QueueFullError(max(1, round(tokens / max(self.tokens_per_second, 1.0))))
-            jobs = [Job(ids, prompt_length, Future(), now) for ids in texts]
+            lengths = prompt_lengths or [0] * len(texts)
+            jobs = [Job(ids, length, Future(), now) for ids, length in zip(texts, lengths, strict=True)]
             self.jobs.extend(jobs)
             self.changed.notify()
         return [job.future for job in jobs]
@@ -157,16 +160,7 @@ class Batcher:
 
     @torch.inference_mode()
     def _vectors(self, jobs: list[Job]) -> np.ndarray:
-        prompts = {job.prompt_length for job in jobs}
-        if len(prompts) > 1:  # one prompt length a batch
-            parts = {n: [i for i, job in enumerate(jobs) if job.prompt_length == n] for n in prompts}
-            rows = {
-                i: v
-                for p in parts.values()
-                for i, v in zip(p, self._vectors([jobs[i] for i in p]), strict=True)
-            }
-            return np.stack([rows[i] for i in range(len(jobs))])
-        [prompt_length] = prompts
-        features = self.encoder[0].collate([job.ids for job in jobs], prompt_length or None)
+        prompts = [job.prompt_length for job in jobs]
+        features = self.encoder[0].collate([job.ids for job in jobs], prompts if any(prompts) else None)
         vectors = self.encoder(batch_to_device(features, self.encoder.device))["sentence_embedding"]
         return vectors.float().cpu().numpy()

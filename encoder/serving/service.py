@@ -152,12 +152,12 @@ class Service:
         start = time.perf_counter()
         loop = asyncio.get_running_loop()
         cut = self.limits.auto_truncate if truncate is None else truncate
-        ids, prompt_length, truncated = await loop.run_in_executor(
+        ids, prompts, truncated = await loop.run_in_executor(
             self.tokenizing, self.tokenize, texts, prompt, cut
         )
         self.tokenize_seconds.observe(time.perf_counter() - start)
         try:
-            futures = batcher.submit(ids, prompt_length)
+            futures = batcher.submit(ids, prompts)
         except QueueFullError as error:
             raise Refused(429, str(error), error.retry_after) from None
         answer = asyncio.gather(*map(asyncio.wrap_future, futures))
@@ -178,31 +178,30 @@ class Service:
 
     def tokenize(
         self, texts: Sequence[Any], prompt: str | None, cut: bool
-    ) -> tuple[list[list[int]], int, int]:
-        """Token ids of every text, the prompt's length in tokens, and how many texts were cut."""
+    ) -> tuple[list[list[int]], list[int] | None, int]:
+        """Token ids of every text, the length in tokens of each one's prompt, and how many texts were cut."""
         transformer, limit = self.encoder[0], self.encoder.max_seq_length
         if isinstance(texts[0], str):
             for number, text in enumerate(texts):
                 if not text.strip():
                     raise Refused(400, f"text {number} is empty")
             try:
-                ids, truncated = transformer.tokenize_texts(texts, prompt)
+                ids, prompts, truncated = transformer.tokenize_texts(texts, prompt)
             except (ValueError, TypeError, UnicodeError) as error:
                 raise Refused(422, str(error)) from None
-            prompt_length = (transformer._get_prompt_length(prompt) or 0) if prompt else 0
         else:
             vocabulary = self.encoder.backbone.config.get_text_config().vocab_size
             for number, row in enumerate(texts):
                 if max(row) >= vocabulary:
                     raise Refused(422, f"text {number}: token {max(row)} is not below {vocabulary}")
             ids = [list(row[:limit]) for row in texts]
-            prompt_length, truncated = 0, sum(len(row) > (limit or len(row)) for row in texts)
+            prompts, truncated = None, sum(len(row) > (limit or len(row)) for row in texts)
         if truncated and not cut:
             raise Refused(
                 422,
                 f"{truncated} of {len(texts)} texts are longer than {limit} tokens, and truncation is off",
             )
-        return ids, prompt_length, truncated
+        return ids, prompts, truncated
 
     def checked_dimensions(self, dimensions: int | None) -> int | None:
         """Refuse a dimension that the model was not trained to be cut to."""

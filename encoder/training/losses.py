@@ -73,6 +73,9 @@ class InfoNCELoss(CachedLossMixin, nn.Module):
             raise ValueError(f"expected hard_negatives 'shared' or 'own', got {hard_negatives!r}")
         if mini_batch_num_tokens is not None and mini_batch_size is None:
             raise ValueError("mini_batch_num_tokens belongs to the cached form: give mini_batch_size too")
+        for name, value in (("size", mini_batch_size), ("num_tokens", mini_batch_num_tokens)):
+            if value is not None and value < 1:
+                raise ValueError(f"expected mini_batch_{name} of at least 1, got {value}")
         self.model = model
         self.temperature = temperature
         self.hard_negatives = hard_negatives

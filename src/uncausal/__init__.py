@@ -27,6 +27,7 @@ _HOME = {
     "make_bidirectional": "encoder.conversion",
     "InfoNCELoss": "encoder.training.losses",
     "masked_next_token_loss": "encoder.training.losses",
+    "EncoderSpec": "encoder.loading",
     "Encoder": "encoder.model",
     "LatentPooling": "encoder.pooling",
     "pool_packed": "encoder.pooling",
@@ -47,6 +48,7 @@ __all__ = [*_HOME, "__version__"]  # pyright: ignore[reportUnsupportedDunderAll]
 
 if TYPE_CHECKING:
     from uncausal.encoder.conversion import assert_bidirectional, make_bidirectional
+    from uncausal.encoder.loading import EncoderSpec
     from uncausal.encoder.model import Encoder
     from uncausal.encoder.pooling import LatentPooling, pool_packed
     from uncausal.encoder.pruning import l3prune, layer_losses, prune_layers

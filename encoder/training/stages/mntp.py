@@ -70,7 +70,8 @@ class MNTP(Stage):
         options = self.trainer_options(backbone, run, len(dataset), self.mini_batch_size or self.batch_size)
         args = TrainingArguments(**options, remove_unused_columns=False)
         args._n_gpu = min(args.n_gpu, 1)
-        weight, bias = find_head(backbone, self.head)
+        spec = getattr(encoder, "spec", None)
+        weight, bias = find_head(backbone, self.head, spec.hub if spec else None)
         if self.in_bf16(backbone):  # once, and not at every step by autocast: the head is frozen
             weight, bias = weight.bfloat16(), None if bias is None else bias.bfloat16()
         collate, chunks = cast(Any, stack_chunks), Chunks(cast(Tensor, dataset))

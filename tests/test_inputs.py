@@ -1,0 +1,260 @@
+"""From texts to tokens: where a prompt ends, what stands around a text, where it is cut, what is empty."""
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+
+from uncausal.encoder.inputs import added_tokens, check_not_empty, find_empty
+from uncausal.encoder.model import Encoder
+
+TEXTS = ["hello", "the quick brown fox", "  energy", "Hello world, plants make energy from sunlight"]
+PROMPTS = ["Query: ", "Query:\n", "Query the", "world\n\n", " "]
+POOLINGS = ["mean", "weighted_mean", "last_token", "latent"]
+
+
+def load(folder, **options):
+    torch.manual_seed(0)
+    return Encoder.from_pretrained(folder, dtype="float32", device="cpu", **options)
+
+
+@pytest.fixture(scope="module")
+def encoder(tiny_llama):
+    return load(tiny_llama)
+
+
+def pooled_text(encoder, prompt, text):
+    """The characters of the tokens that are pooled."""
+    [ids], lengths, _ = encoder[0].tokenize_texts([text], prompt)
+    return encoder.tokenizer.decode(ids[lengths[0] :])
+
+
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_prompt_ends_where_the_text_begins(encoder, prompt, text):
+    """Regression: the prompt was tokenised alone, so that its last space cost the text its first word."""
+    pooled = pooled_text(encoder, prompt, text)
+    assert pooled.endswith(text)
+    assert pooled.removesuffix(text) in ("", prompt[len(prompt.rstrip()) :]), (
+        "more than joined space is pooled"
+    )
+
+
+def test_prompt_boundary_without_offsets(encoder, monkeypatch):
+    """A tokenizer that knows no offsets: what the prompt alone and prompt with text begin with."""
+    expected = [encoder[0].tokenize_texts(TEXTS, prompt).prompt_lengths for prompt in PROMPTS]
+    monkeypatch.setattr(type(encoder.tokenizer), "is_fast", False)
+    found = [encoder[0].tokenize_texts(TEXTS, prompt).prompt_lengths for prompt in PROMPTS]
+    assert found == expected
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize("prompt", ["Query: ", "Query:\n"])
+@pytest.mark.parametrize("how", ["packed", "left", "right", "sdpa"])
+def test_prompt_is_attended_and_not_pooled(tiny_llama, how, prompt, pooling):
+    """Regression: `"Query: hello"` pooled nothing of hello. A mask that is off by one is seen here."""
+    encoder = load(tiny_llama, pooling=pooling, attention="sdpa" if how == "sdpa" else "auto")
+    if how in ("left", "right"):
+        encoder.tokenizer.padding_side = how
+        with encoder.padded():
+            vectors = encoder.encode(TEXTS, prompt=prompt, convert_to_tensor=True)
+    else:
+        vectors = encoder.encode(TEXTS, prompt=prompt, convert_to_tensor=True)
+    for text, vector in zip(TEXTS, vectors, strict=True):
+        encoded = encoder.tokenizer(prompt + text, return_tensors="pt", return_offsets_mapping=True)
+        hidden = encoder.backbone(encoded["input_ids"]).last_hidden_state[0].detach()
+        ends = encoded["offset_mapping"][0, :, 1]
+        first = int((ends > len(prompt)).nonzero()[0])
+        if pooling == "latent":
+            layer = encoder[1].latent_attention_model
+            expected = layer(hidden[first:], torch.tensor([0, len(hidden) - first]))[0]
+        else:
+            position = torch.arange(1.0, len(hidden) + 1)
+            weights = {
+                "mean": torch.ones_like(position),
+                "weighted_mean": position,
+                "last_token": (position == len(hidden)).float(),
+            }[pooling]
+            weights[:first] = 0
+            expected = (hidden * weights[:, None]).sum(0) / weights.sum()
+        torch.testing.assert_close(vector, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
+def test_prompts_may_differ_by_text(tiny_llama, packed, pooling):
+    encoder = load(tiny_llama, pooling=pooling).eval()
+    prompts = ["Query: ", "", "the lazy dog jumps over\n", "energy:"]
+    if not packed:
+        encoder[0].can_flatten_inputs = False
+    with torch.inference_mode():
+        together = encoder(encoder.preprocess(TEXTS, prompt=prompts))["sentence_embedding"]
+        for text, prompt, vector in zip(TEXTS, prompts, together, strict=True):
+            alone = encoder(encoder.preprocess([text], prompt=prompt or None))["sentence_embedding"][0]
+            torch.testing.assert_close(vector, alone, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="one for each of 4 texts; got 1"):
+        encoder.preprocess(TEXTS, prompt=["only one"])
+
+
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
+def test_slices_of_a_batch_keep_their_prompts(tiny_llama, packed):
+    """GradCache cuts a batch by tokens; lengths by text were not cut with it."""
+    from sentence_transformers.base.losses.gradcache import _create_minibatch
+
+    encoder = load(tiny_llama).eval()
+    encoder[0].can_flatten_inputs = packed
+    features = encoder.preprocess(TEXTS, prompt=["Query: ", "a", "the lazy dog\n", "energy:"])
+    parts = [_create_minibatch(features, begin, begin + 2) for begin in (0, 2)]
+    with torch.inference_mode():
+        whole = encoder(dict(features))["sentence_embedding"]
+        cut = torch.cat([encoder(part)["sentence_embedding"] for part in parts])
+    torch.testing.assert_close(cut, whole, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "weighted_mean", "last_token"])
+def test_saved_prompts_in_plain_sentence_transformers(tiny_llama, tmp_path, pooling, caplog):
+    """A prompt that ends in a newline gives the same vectors; one whose space joins the text is warned of."""
+    encoder = load(tiny_llama, pooling=pooling)
+    encoder.prompts = {"query": "Query:\n", "document": ""}
+    encoder.save(tmp_path / "good")
+    assert not caplog.records
+    plain = SentenceTransformer(str(tmp_path / "good"), device="cpu")
+    for name in encoder.prompts:
+        np.testing.assert_allclose(
+            plain.encode(TEXTS[:2], prompt_name=name), encoder.encode(TEXTS[:2], prompt_name=name), atol=1e-5
+        )
+    encoder.prompts = {"query": "Query: "}
+    encoder.save(tmp_path / "joined")
+    assert ("'Query: '" in caplog.text) == (pooling != "last_token")
+    plain = SentenceTransformer(str(tmp_path / "joined"), device="cpu")
+    same = np.allclose(
+        plain.encode(TEXTS[1], prompt_name="query"), encoder.encode(TEXTS[1], prompt_name="query"), atol=1e-4
+    )
+    assert same == (pooling == "last_token"), "the warning must say what is so"
+
+
+def test_template_chat(tiny_llama, tmp_path, caplog):
+    """Regression: instruct models were encoded without the turn that they were trained on."""
+    encoder = load(tiny_llama, template="chat")
+    tokenizer = encoder.tokenizer
+    message = [{"role": "user", "content": "Query:\nhello"}]
+    rendered = tokenizer.apply_chat_template(message, tokenize=False).strip()
+    expected = tokenizer.backend_tokenizer.encode(rendered, add_special_tokens=False).ids
+    ids, lengths, _ = encoder[0].tokenize_texts(["hello"], "Query:\n")
+    assert ids == [expected] and tokenizer.decode(expected[lengths[0] :]) == "hello<|end|>"
+    ids, lengths, _ = encoder[0].tokenize_texts(["hello"])
+    assert tokenizer.decode(ids[0][: lengths[0]]) == "<s><|user|>\n", (
+        "what stands before the text is not pooled"
+    )
+    encoder.max_seq_length = 8
+    [ids], _, cut = encoder[0].tokenize_texts([TEXTS[3]])
+    assert len(ids) == 8 and cut == 1 and ids[-1] == tokenizer.convert_tokens_to_ids("<|end|>")
+    encoder.max_seq_length = 256
+    vectors = encoder.encode(TEXTS)
+    assert np.abs(vectors - load(tiny_llama).encode(TEXTS)).max() > 1e-2
+    encoder.save(tmp_path / "chat")
+    assert "pools its template" in caplog.text
+    again = load(tmp_path / "chat")
+    assert again[0].template == encoder[0].template
+    np.testing.assert_allclose(again.encode(TEXTS), vectors, atol=1e-5)
+    again.save(tmp_path / "again")  # and once more: the template must not be put around itself
+    np.testing.assert_allclose(load(tmp_path / "again", template="chat").encode(TEXTS), vectors, atol=1e-5)
+    with pytest.raises(ValueError, match="was saved with the template"):
+        load(tmp_path / "again", template="<|user|>{text}")
+
+
+def test_template_with_last_token_in_plain_sentence_transformers(tiny_llama, tmp_path):
+    encoder = load(tiny_llama, template="<|user|>{text}<|end|>", pooling="last_token")
+    [ids], _, _ = encoder[0].tokenize_texts(["hello"])
+    assert encoder.tokenizer.decode(ids) == "<s><|user|>hello<|end|></s>"
+    encoder.save(tmp_path)
+    plain = SentenceTransformer(str(tmp_path), device="cpu")
+    np.testing.assert_allclose(plain.encode(TEXTS), encoder.encode(TEXTS), atol=1e-5)
+
+
+@pytest.mark.parametrize("template", ["no slot", "{text} {text}", "Question: {text}"])
+def test_template_that_cannot_be_is_refused(tiny_llama, template):
+    """The last of them ends in a space, which this tokenizer makes part of the text's first word."""
+    with pytest.raises(ValueError, match="expected one|joins the template"):
+        load(tiny_llama, template=template)
+
+
+def test_template_chat_without_one_is_refused(tiny_llama, tmp_path):
+    for file in tiny_llama.iterdir():
+        if "chat_template" not in file.name:
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(ValueError, match="no chat template"):
+        load(tmp_path, template="chat")
+
+
+def test_last_token_is_the_end_token(tiny_llama, tmp_path):
+    """Regression: last-token pooling took whatever token a text ended with."""
+    encoder = load(tiny_llama, pooling="last_token")
+    encoder.max_seq_length = 6
+    [short, long], _, cut = encoder[0].tokenize_texts(["hello", TEXTS[3]])
+    eos = encoder.tokenizer.eos_token_id
+    assert short[-1] == long[-1] == eos and short[-2] != eos and len(long) == 6 and cut == 1
+    encoder.save(tmp_path)
+    for other in (
+        SentenceTransformer(str(tmp_path), device="cpu"),
+        load(tmp_path),
+        load(tmp_path, pooling="last_token"),
+    ):
+        assert added_tokens(other.tokenizer)[1] == [eos]
+        np.testing.assert_allclose(other.encode(TEXTS), encoder.encode(TEXTS), atol=1e-5)
+    encoder.set_pooling("mean")
+    assert added_tokens(encoder.tokenizer)[1] == [], "only last-token pooling asks for it"
+
+
+def test_texts_are_tokenised_once(encoder, monkeypatch):
+    """Regression: texts at the length limit were tokenised twice, 1.14 s became 2.11 s."""
+    seen = []
+    call = type(encoder.tokenizer).__call__
+
+    def count(self, text, *args, **options):
+        seen.extend([text] if isinstance(text, str) else text)
+        return call(self, text, *args, **options)
+
+    long = [text * 3 for text in TEXTS]
+    monkeypatch.setattr(type(encoder.tokenizer), "__call__", count)
+    ids, _, cut = encoder[0].tokenize_texts(long, max_length=5)
+    assert [text for text in seen if text in long] == long
+    assert cut == 3 + (len(call(encoder.tokenizer, long[0])["input_ids"]) > 5)
+    assert [len(row) for row in ids] == [5] * 4
+
+
+@pytest.mark.parametrize("pooling", ["mean", "last_token"])
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_texts_are_cut_as_the_tokenizer_cuts(tiny_llama, side, pooling):
+    encoder = load(tiny_llama, pooling=pooling)
+    encoder.tokenizer.truncation_side = side
+    expected = encoder.tokenizer(TEXTS, truncation=True, max_length=5)["input_ids"]
+    assert encoder[0].tokenize_texts(TEXTS, max_length=5).ids == expected
+
+
+@pytest.mark.parametrize("pooling", ["mean", "last_token"])
+def test_prompt_that_fills_the_limit_is_refused(tiny_llama, pooling):
+    encoder = load(tiny_llama, pooling=pooling)
+    prompt = "the quick brown fox\n"
+    length = len(encoder.tokenizer(prompt)["input_ids"])
+    with pytest.raises(ValueError, match="no token of 'hello' is left to pool"):
+        encoder[0].preprocess(["hello"], prompt=prompt, max_length=length)
+    encoder[0].preprocess(["hello"], prompt=prompt, max_length=length + 1)
+
+
+def test_find_empty():
+    assert find_empty(["a", "", " b ", " \n\t", "c"]) == [1, 3]
+    check_not_empty(["a", " b "])
+    with pytest.raises(ValueError, match=r"text 1 is empty \(''\)"):
+        check_not_empty(["a", "", "b", " "])
+
+
+def test_tokenizer_without_an_end_token(tiny_llama, caplog):
+    """Last-token pooling has then nothing to append, and must not fail."""
+    encoder = load(tiny_llama)
+    encoder.tokenizer.eos_token = None
+    with caplog.at_level(logging.WARNING):
+        encoder.set_pooling("last_token")
+    assert added_tokens(encoder.tokenizer)[1] == []
