@@ -25,8 +25,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from uncausal.bench import measure
 from uncausal.bench.measure import OURS, Contest, Settings, allocated_bytes
+from uncausal.kernels.cpu.latent_pooling_torch import sequence_ids
 from uncausal.kernels.latent_pooling import LatentAttentionPooling, latent_attention_pool
-from uncausal.kernels.latent_pooling_torch import sequence_ids
 
 SIZES = {"cpu": (1024, 512, 8, 2048, 32), "cuda": (4096, 512, 8, 16384, 128), "dry": (64, 16, 2, 64, 4)}
 

@@ -70,8 +70,9 @@ def recorded_launches(arch: str) -> Iterator[list[Launch]]:
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(JITFunction, "run", record))
-        for path in sorted((BENCH.parent / "kernels").glob("*.py")):  # all of them: some import others late
-            module = importlib.import_module(f"uncausal.kernels.{path.stem}")
+        for path in sorted((BENCH.parent / "kernels").rglob("*.py")):  # all of them: some import others late
+            name = ".".join(path.relative_to(BENCH.parent).with_suffix("").parts)
+            module = importlib.import_module(f"uncausal.{name}")
             if hasattr(module, "architecture"):
                 stack.enter_context(mock.patch.object(module, "architecture", lambda device: arch))
             if hasattr(module, "resolve_backend"):

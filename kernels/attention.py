@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from uncausal.kernels import attention_cpu, attention_torch
 from uncausal.kernels.attention_dropout import dropout_keep, dropout_threshold
-from uncausal.kernels.attention_torch import Options, plan_batch
+from uncausal.kernels.cpu import attention_cpu, attention_torch
+from uncausal.kernels.cpu.attention_torch import Options, plan_batch
 from uncausal.kernels.launch import on_device, resolve_backend
 from uncausal.kernels.packing import PackedLayout
 
@@ -24,7 +24,7 @@ _OPTIONS = "float scale, int left, int right, float softcap, float dropout_p, bo
 
 
 def _triton():
-    from uncausal.kernels import attention_triton  # Triton exists on Linux alone
+    from uncausal.kernels.gpu import attention_triton  # Triton exists on Linux alone
 
     return attention_triton
 

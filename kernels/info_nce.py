@@ -19,16 +19,16 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from uncausal.kernels import info_nce_torch
+from uncausal.kernels.cpu import info_nce_torch
+from uncausal.kernels.cpu.info_nce_torch import Negatives, Pairs, acc_dtype, as_temperature, sum_and_gradients
 from uncausal.kernels.info_nce_ranks import gather_rows, ring_rows, rows_per_rank, sum_over_ranks
-from uncausal.kernels.info_nce_torch import Negatives, Pairs, acc_dtype, as_temperature, sum_and_gradients
 from uncausal.kernels.launch import on_device, resolve_backend
 
 
 def _sweeps(backend: str) -> tuple[Callable, Callable]:
     if backend == "torch":
         return info_nce_torch.sweep_lse, info_nce_torch.sweep_gradients
-    from uncausal.kernels import info_nce_triton  # Triton exists on Linux alone
+    from uncausal.kernels.gpu import info_nce_triton  # Triton exists on Linux alone
 
     return info_nce_triton.sweep_lse, info_nce_triton.sweep_gradients
 

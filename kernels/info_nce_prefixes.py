@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from uncausal.kernels import info_nce_torch as chunked
+from uncausal.kernels.cpu import info_nce_torch as chunked
 
 _DROPPED = -1e30  # finite, so that its product with a probability of 0 is 0
 

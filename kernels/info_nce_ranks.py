@@ -18,7 +18,7 @@ import torch.distributed as dist
 import torch.distributed.nn
 from torch import Tensor
 
-from uncausal.kernels.info_nce_torch import Negatives, Pairs
+from uncausal.kernels.cpu.info_nce_torch import Negatives, Pairs
 from uncausal.kernels.launch import on_device
 
 

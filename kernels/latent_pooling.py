@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from uncausal.kernels import latent_pooling_torch as plain
+from uncausal.kernels.cpu import latent_pooling_torch as plain
+from uncausal.kernels.cpu.latent_pooling_torch import accumulator
 from uncausal.kernels.latent_pooling_ops import (
     NORM_EPS,
     latent_mlp_pool,
@@ -28,7 +29,6 @@ from uncausal.kernels.latent_pooling_ops import (
     latent_softmax,
     norm_of,
 )
-from uncausal.kernels.latent_pooling_torch import accumulator
 from uncausal.kernels.launch import resolve_backend
 from uncausal.kernels.packing import PackedLayout
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from uncausal.kernels import latent_pooling_torch as plain
-from uncausal.kernels.latent_pooling_torch import accumulator
+from uncausal.kernels.cpu import latent_pooling_torch as plain
+from uncausal.kernels.cpu.latent_pooling_torch import accumulator
 from uncausal.kernels.launch import on_device
 
 NORM_EPS = 1e-5
@@ -20,7 +20,7 @@ NORM_EPS = 1e-5
 def _implementation(backend: str) -> Any:
     if backend == "torch":
         return plain
-    from uncausal.kernels import latent_pooling_triton
+    from uncausal.kernels.gpu import latent_pooling_triton
 
     return latent_pooling_triton
 

@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from uncausal.bench import ladder
-from uncausal.kernels import attention_cpu, attention_triton
 from uncausal.kernels.attention import (
     _flash_attn_varlen,
     _flash_attn_varlen_backward,
@@ -18,6 +17,8 @@ from uncausal.kernels.attention import (
     flash_attn_varlen_ref,
 )
 from uncausal.kernels.attention_dropout import dropout_threshold, philox_keep
+from uncausal.kernels.cpu import attention_cpu
+from uncausal.kernels.gpu import attention_triton
 from uncausal.kernels.launch import ARCHS, OWN_TILE_TOKENS, attention_config
 from uncausal.kernels.packing import PackedLayout
 

@@ -32,9 +32,10 @@ sys.meta_path[:] = [Allowed()]
 import uncausal
 
 folder = Path(uncausal.__file__).parent / "kernels"
-for file in folder.glob("*.py"):
-    if "triton" in allowed or not file.stem.endswith("_triton"):
-        import_module(f"uncausal.kernels.{file.stem}")
+for file in folder.rglob("*.py"):
+    if "triton" in allowed or file.parent.name != "gpu":
+        name = ".".join(file.relative_to(folder).with_suffix("").parts)
+        import_module(f"uncausal.kernels.{name}")
 
 import torch
 

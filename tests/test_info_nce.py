@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from uncausal.bench import ladder
-from uncausal.kernels import info_nce_torch, launch
+from uncausal.kernels import launch
+from uncausal.kernels.cpu import info_nce_torch
 from uncausal.kernels.info_nce import InfoNCE, _info_nce_rows, _info_nce_sum, info_nce, info_nce_ref
 from uncausal.kernels.info_nce_prefixes import _info_nce_prefixes, info_nce_prefixes
 
@@ -408,7 +409,7 @@ def _main(store: str, *numbers: str) -> None:
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Tiles of 16 and two processors, so that small batches have several blocks and splits."""
-    from uncausal.kernels import info_nce_triton
+    from uncausal.kernels.gpu import info_nce_triton
 
     def config(kernel, d, itemsize, arch):
         block_d = max(16, 1 << (d - 1).bit_length()) if kernel == "grad" else 32
@@ -516,7 +517,7 @@ def test_sanitised():
 
 def build(kernel, dtype, d, arch, precision="ieee"):
     """Compile a kernel with every option on, in the configuration that `launch.py` gives it."""
-    from uncausal.kernels import info_nce_triton
+    from uncausal.kernels.gpu import info_nce_triton
 
     function = getattr(info_nce_triton, f"_info_nce_{kernel}_kernel")
     config = launch.info_nce_config(kernel, d, 4 if dtype == "fp32" else 2, arch)

@@ -8,9 +8,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from uncausal.bench import ladder
 from uncausal.bench.bench_latent_pooling import flops
-from uncausal.kernels import latent_pooling_ops, latent_pooling_torch
+from uncausal.kernels import latent_pooling_ops
+from uncausal.kernels.cpu import latent_pooling_torch
+from uncausal.kernels.cpu.latent_pooling_torch import latent_attention_pool_ref
 from uncausal.kernels.latent_pooling import LatentAttentionPooling, latent_attention_pool
-from uncausal.kernels.latent_pooling_torch import latent_attention_pool_ref
 from uncausal.kernels.launch import Tile
 
 RELEASED = {}
@@ -432,7 +433,7 @@ def test_triton(d, heads, latents, form, dtype):
 @pytest.mark.interpret
 def test_triton_slabs(monkeypatch):
     """Backward in several slabs, tiles that end within a sequence, and a weight of zero."""
-    from uncausal.kernels import latent_pooling_triton
+    from uncausal.kernels.gpu import latent_pooling_triton
 
     monkeypatch.setattr(latent_pooling_triton, "SLAB_ROWS", 48)
     layer = make_layer(64, 16, 4, torch.float32, backend="triton")
@@ -489,7 +490,7 @@ def compiled(kernel, arch, tile, **constexprs):
 @pytest.mark.parametrize("arch", ["sm80", "sm86", "sm90", "sm100", "sm120", "gfx942", "gfx950"])
 @pytest.mark.parametrize("kernel", ["softmax", "mlp", "mlp-backward", "plain", "plain-gated"])
 def test_compiles_without_spills(arch, kernel):
-    from uncausal.kernels import latent_pooling_triton as triton_file
+    from uncausal.kernels.gpu import latent_pooling_triton as triton_file
 
     config = triton_file.CONFIGS[arch]
     if kernel == "softmax":
@@ -507,7 +508,7 @@ def test_compiles_without_spills(arch, kernel):
 
 @pytest.mark.parametrize("arch", ["sm80", "gfx942"])
 def test_small_kernels_compile_without_spills(arch):
-    from uncausal.kernels import latent_pooling_triton as triton_file
+    from uncausal.kernels.gpu import latent_pooling_triton as triton_file
 
     built = compiled(triton_file._softmax_bwd_kernel, arch, Tile(8, 0, 4, 2))
     assert built.problems(matrix_unit=False) == []

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from uncausal.kernels.attention_torch import Options, dropout_threshold
+from uncausal.kernels.cpu.attention_torch import Options, dropout_threshold
 from uncausal.kernels.launch import (
     ATTENTION_TF32,
     OWN_TILE_TOKENS,

@@ -24,8 +24,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from uncausal.kernels import latent_pooling_torch as plain
-from uncausal.kernels.latent_pooling_torch import LinearGradients, Norm, normalise, sequence_ids
+from uncausal.kernels.cpu import latent_pooling_torch as plain
+from uncausal.kernels.cpu.latent_pooling_torch import LinearGradients, Norm, normalise, sequence_ids
 from uncausal.kernels.launch import Tile, architecture
 
 SLAB_ROWS = 4096  # tokens whose (rows, F) gradient exists at a time in backward

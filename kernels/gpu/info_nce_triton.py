@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from uncausal.kernels.info_nce_torch import Negatives
+from uncausal.kernels.cpu.info_nce_torch import Negatives
 from uncausal.kernels.launch import architecture, info_nce_config, precision, processors
 
 _LOG2E = math.log2(math.e)

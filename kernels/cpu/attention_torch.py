@@ -15,8 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from uncausal.kernels import attention_cpu
 from uncausal.kernels.attention_dropout import dropout_keep, dropout_threshold
+from uncausal.kernels.cpu import attention_cpu
 
 BLOCK_SCORES = 1 << 17  # half a MB in fp32, with its gradient the second-level cache of one core
 COMPILED_LENGTH = 256  # tokens; longer sequences go to torch's kernel where it can compute them
