@@ -152,7 +152,9 @@ def byte_llama(tmp_path_factory):
     folder = tmp_path_factory.mktemp("byte_llama")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        config = LlamaConfig(vocab_size=len(fast), num_key_value_heads=2, **sizes, **special)
+        config = LlamaConfig(
+            vocab_size=len(fast), num_key_value_heads=2, tie_word_embeddings=True, **sizes, **special
+        )
         AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     fast.save_pretrained(folder)
     return folder

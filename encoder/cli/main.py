@@ -169,12 +169,14 @@ def first_line(function: Callable) -> str:
 def quiet_libraries() -> None:
     """Leave the screen to our own lines and bars; downloads keep theirs."""
     import huggingface_hub.utils
-    import sentence_transformers.base.model_card as model_card
     import transformers.utils.logging
 
     # The libraries warn of what a user of this command can neither see nor change.
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", module="peft")
+    transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     huggingface_hub.utils.enable_progress_bars()
-    model_card.tqdm = functools.partial(model_card.tqdm, disable=True)
+    for name in ("transformers.modeling_gguf_pytorch_utils", "sentence_transformers.base.model_card"):
+        module: Any = importlib.import_module(name)
+        module.tqdm = functools.partial(module.tqdm, disable=True)
