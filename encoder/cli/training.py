@@ -10,6 +10,7 @@ from uncausal.encoder.cli.encoding import read
 from uncausal.encoder.cli.options import Json, Loading, check_writable, facts, report
 from uncausal.encoder.training import run as training
 from uncausal.encoder.training.recipes import list_recipes, load_recipe, run_recipe
+from uncausal.encoder.training.stages.contrastive import Contrastive
 from uncausal.encoder.training.stages.registry import STAGES
 
 
@@ -25,7 +26,7 @@ def train_command(kind: str) -> Callable[..., None]:
         *,
         column: str = "text",
         no_resume: bool = False,
-        stage: Annotated[cls, FlagConversionOff] = cls(),  # pyright: ignore[reportInvalidTypeForm]
+        stage: Annotated[cls, FlagConversionOff],  # pyright: ignore[reportInvalidTypeForm]
         loading: Loading = Loading(),
         as_json: Json = False,
     ) -> None:
@@ -40,7 +41,7 @@ def train_command(kind: str) -> Callable[..., None]:
         """
         check_writable(output, folder=True)
         encoder = loading.load(model)
-        source = data if kind == "contrastive" else read(data, column)
+        source = data if issubclass(cls, Contrastive) else read(data, column)
         training.train(encoder, stage, source, output / "training", resume=not no_resume)
         encoder.save_pretrained(str(output))
         report(facts(encoder, output), as_json)
