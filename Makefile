@@ -19,8 +19,9 @@ $(VENV)/.ready: pyproject.toml constraints.txt Makefile
 demo: setup
 	$(BIN)/uncausal demo
 
+# two workers with one thread each; a file's tests stay together, and so do what they share
 test: setup
-	$(BIN)/python -m pytest tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist loadfile
 
 check: setup
 	$(BIN)/ruff check .

@@ -1,11 +1,10 @@
 """Which model families become bidirectional, found by probing a tiny random model of each.
 
-`python -m uncausal.bench.families` writes the result as a table between the markers of README.md; the tests
-assert the same result. A family counts as verified when all probes hold under all three attention
+`python -m uncausal.bench.families` writes the result to FAMILIES.md beside this file; the tests assert the
+same result. A family counts as verified when all probes hold under all three attention
 implementations and their outputs agree.
 """
 
-import argparse
 import copy
 import inspect
 from collections.abc import Iterable
@@ -22,7 +21,15 @@ import uncausal.encoder.attention  # noqa: F401  registers "uncausal"
 from uncausal.encoder.conversion import NotBidirectionalError, assert_bidirectional, make_bidirectional
 
 IMPLEMENTATIONS = ("eager", "sdpa", "uncausal")
-BEGIN, END = "<!-- families -->", "<!-- /families -->"
+PAGE = Path(__file__).with_name("FAMILIES.md")
+_PREFACE = """\
+# Model families
+
+`python -m uncausal.bench.families` wrote this page: each family was built small with random weights,
+converted, and probed under three attention implementations: does the last token reach the first
+position, does padding on either side move anything, do packed documents see each other (packed
+attention alone). "plain reload" says whether a saved encoder stays bidirectional where this package is
+not installed."""
 
 # Sizes under all the names that configs give them; a config takes those that it knows.
 _TINY: dict[str, Any] = dict(
@@ -205,23 +212,8 @@ def table(families: Iterable[Family]) -> str:
     return "\n".join(lines)
 
 
-def write_table(path: Path, families: Iterable[Family]) -> None:
-    """Replaces what stands between the markers of a Markdown file.
-
-    Raises:
-        ValueError: the file has no such markers.
-    """
-    text = path.read_text(encoding="utf-8")
-    if BEGIN not in text or END not in text:
-        raise ValueError(f"{path} has no {BEGIN} and {END} to write between")
-    before, after = text.split(BEGIN)[0], text.split(END)[-1]
-    path.write_text(f"{before}{BEGIN}\n{table(families)}\n{END}{after}", encoding="utf-8")
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("path", nargs="?", type=Path, default=Path("README.md"))
-    write_table(parser.parse_args().path, probe_all())
+    PAGE.write_text(f"{_PREFACE}\n\n{table(probe_all())}\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

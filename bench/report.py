@@ -165,7 +165,6 @@ def render(folder: Path = BENCH / "results", results: Path = RESULTS) -> None:
 
 IN_README = {
     "encode, mixed": "encode, 30 layers",
-    "encode, by_layers": "encode by depth, fewer passages",
     "train_step, simcse": "SimCSE step, 7 layers",
 }
 
@@ -177,11 +176,10 @@ def readme_table(entries: list[Entry]) -> str:
         for e in entries:
             measured = (e.benchmark, e.device) == (benchmark, "CPU") and "tokens_per_s" in e.record
             if measured and not e.provider.startswith("torch.mm"):
-                name = f"{OURS}, {e.provider}" if e.provider.endswith("layers") else e.provider
                 memory = e.record.get("peak_bytes")
                 cells = [
                     f"{what}, {e.case}" if e.case else what,
-                    name,
+                    e.provider,
                     _number(e.record["tokens_per_s"], "tokens_per_s"),
                     _number(memory, "peak_bytes") if memory else "",
                 ]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import csv
 import dataclasses
 import importlib
 import json
@@ -24,10 +25,10 @@ import torch
 
 from uncausal.bench import ladder
 from uncausal.bench.cycles import main_loop
+from uncausal.bench.report import write_section
 
 BENCH = Path(__file__).resolve().parent
 BUDGET = BENCH.parent / "tests" / "static_budget.json"
-BEGIN, END = "<!-- static -->", "<!-- /static -->"
 HEAD_DIMS = (64, 128)
 
 
@@ -341,23 +342,52 @@ def _installed(distribution: str) -> bool:
     return True
 
 
-def table(rows: Iterable[dict[str, Any]]) -> str:
-    """Render report lines as a Markdown table."""
-    columns = "kernel,function,arch,dtype,D; tile,flags,warps; stages,registers,spill B,shared B,programs/SM,"
-    columns = (columns + "matrix instructions,mma/exp/issue,bound").split(",")
-    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    for r in rows:
-        constants = r["constants"]
-        size = constants.get("D", constants.get("K", ""))
-        tile = "x".join(str(v) for k, v in constants.items() if k.startswith("BLOCK") or k in ("BT", "BS"))
-        units = ", ".join(sorted({name.split(".")[0] for name in r["matrix_instructions"]})) or "none"
-        cycles = f"{r['mma']:.0f}/{r['exp']:.0f}/{r['issue']:.0f}" if "mma" in r else ""
-        bound = f"{100 * r['bound']:.1f} %" if "bound" in r else ""
-        cells = [r["kernel"], r["function"].strip("_"), r["arch"], r["dtype"], f"{size}, {tile}"]
-        cells += [" ".join(r["flags"]), f"{r['warps']}, {r['stages']}", r["registers"], r["spill_bytes"]]
-        cells += [f"{r['shared_bytes']:,}", r["occupancy"], units, cycles, bound]
-        lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
-    return "\n".join(lines)
+def cells(r: dict[str, Any]) -> dict[str, str]:
+    """One report line as it is written to static.csv."""
+    constants = r["constants"]
+    size = constants.get("D", constants.get("K", ""))
+    tile = "x".join(str(v) for k, v in constants.items() if k.startswith("BLOCK") or k in ("BT", "BS"))
+    units = " ".join(sorted({name.split(".")[0] for name in r["matrix_instructions"]})) or "none"
+    line = {
+        "kernel": r["kernel"],
+        "function": r["function"].strip("_"),
+        "arch": r["arch"],
+        "dtype": r["dtype"],
+        "size": size,
+        "tile": tile,
+        "flags": " ".join(r["flags"]),
+        "warps": r["warps"],
+        "stages": r["stages"],
+        "registers": r["registers"],
+        "spill_bytes": r["spill_bytes"],
+        "shared_bytes": r["shared_bytes"],
+        "programs_per_sm": r["occupancy"],
+        "matrix_instructions": units,
+        **{unit: f"{r[unit]:.0f}" if "mma" in r else "" for unit in ("mma", "exp", "issue")},
+        "bound": f"{r['bound']:.3f}" if "bound" in r else "",
+    }
+    return {name: str(value) for name, value in line.items()}
+
+
+def summary(lines: list[dict[str, str]]) -> str:
+    """A Markdown table of the lines of static.csv: a row a kernel, a column an architecture.
+
+    A cell is the lowest and the highest bound among the launches that multiply matrices.
+    """
+    archs = list(dict.fromkeys(line["arch"] for line in lines))
+    rows = [f"| kernel | launches | {' | '.join(archs)} |", "|---" * (2 + len(archs)) + "|"]
+    for kernel in dict.fromkeys(line["kernel"] for line in lines):
+        row = [kernel, str(sum(line["kernel"] == kernel for line in lines))]
+        for arch in archs:
+            chosen = [x for x in lines if (x["kernel"], x["arch"]) == (kernel, arch) and x["bound"]]
+            bounds = [100 * float(line["bound"]) for line in chosen]
+            row.append(f"{min(bounds):.0f} to {max(bounds):.0f} %" if bounds else "")
+        rows.append(f"| {' | '.join(row)} |")
+    spilling = [line for line in lines if line["spill_bytes"] != "0"]
+    where = sorted({f"{line['kernel']} {line['function']} on {line['arch']}" for line in spilling})
+    text = f"{len(lines) - len(spilling)} of {len(lines)} launches spill no register"
+    rows += ["", text + (f"; the others: {', '.join(where)}." if where else ".")]
+    return "\n".join(rows)
 
 
 _PROVES = """\
@@ -366,21 +396,23 @@ matrix instructions shown; spills are counted, not guessed. What it ranks: cycle
 of the main loop on one SM (matrix unit / exponentials / issue slots; AMD: vector units), and
 `bound`, the share of the matrix unit's peak if nothing overlapped. What it does not prove: any
 speed. Latency, memory traffic, overlap between warps and programs, clocks and the grid are left
-out; only a run on the device tells. A kernel that walks D in an inner loop (InfoNCE's lse and
-weight, latent pooling) is counted in that product loop alone, without its exponentials. flash-
-linear-attention is causal only."""
+out; only a run on the device tells. Cells show the lowest and the highest `bound`. A kernel that
+walks D in an inner loop (InfoNCE's lse and weight, latent pooling) is counted in that product loop
+alone, without its exponentials. flash-linear-attention is causal only."""
 
 
-def render(rows: list[dict[str, Any]], path: Path = BENCH / "RESULTS.md") -> None:
-    """Write the section between the static markers of RESULTS.md, and add it where there is none."""
+def render(rows: list[dict[str, Any]], folder: Path = BENCH) -> None:
+    """Write every line to static.csv, and its summary into RESULTS.md beside it."""
+    lines = [cells(row) for row in rows]
+    with open(folder / "static.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, lines[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(lines)
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "triton"))
-    section = f"{BEGIN}\n\n## Static report\n\n{versions}.\n\n{_PROVES}\n\n{table(rows)}\n\n{END}"
-    text = path.read_text() if path.exists() else "# Results\n"
-    if BEGIN in text and END in text:
-        text = text[: text.index(BEGIN)] + section + text[text.index(END) + len(END) :]
-    else:
-        text = text.rstrip() + "\n\n" + section + "\n"
-    path.write_text(text)
+    how = (
+        f"`python -m uncausal.bench.static`, {versions}. Every launch is a line of [static.csv](static.csv)."
+    )
+    write_section("static report", f"{how}\n\n{_PROVES}\n\n{summary(lines)}", folder / "RESULTS.md")
 
 
 def main() -> None:
@@ -399,7 +431,7 @@ def main() -> None:
     from uncausal.kernels.launch import ARCHS
 
     rows = list(report(options.kernel or names, options.arch or ARCHS))
-    print(table(rows))
+    print(summary([cells(line) for line in rows]))
     if options.write_budget:
         old = json.loads(BUDGET.read_text()) if BUDGET.exists() else {}
         built = {(line["kernel"], line["arch"]) for line in rows}

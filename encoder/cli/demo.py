@@ -11,6 +11,7 @@ import importlib.util
 import json
 import sys
 import time
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,9 @@ from typing import Any
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 from sentence_transformers.util import semantic_search
+from tyro.conf import Positional
 
+from uncausal.encoder.cli.options import Json, check_writable
 from uncausal.encoder.conversion import assert_bidirectional, make_bidirectional
 from uncausal.encoder.data.texts import sentences
 from uncausal.encoder.evaluation.sts import evaluate_sts_by_pooling, read_sts
@@ -204,6 +207,15 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def run_demo(folder: Path, quick: bool = False) -> dict[str, Any]:
-    """Run the demo in `folder`; `quick` takes two steps of every stage, only to see that it runs."""
-    return Demo(folder, quick).run()
+def demo(output: Positional[Path] = Path("demo"), /, *, quick: bool = False, as_json: Json = False) -> None:
+    """SmolLM2-135M from language model to encoder, on real text, offline.
+
+    Args:
+        output: folder to write: the encoder, report.json and layer_losses.png.
+        quick: a few steps of everything, to see that it runs.
+    """
+    check_writable(output, folder=True)
+    with redirect_stdout(sys.stderr if as_json else sys.stdout):
+        figures = Demo(output, quick).run()
+    if as_json:
+        print(json.dumps(figures))

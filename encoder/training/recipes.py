@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import uncausal
 from uncausal.encoder.pruning import Pruning
 from uncausal.encoder.training.stages.base import Stage
 from uncausal.encoder.training.stages.registry import STAGES
@@ -26,6 +27,7 @@ else:
     import tomli as tomllib
 
 logger = logging.getLogger(__name__)
+INCLUDED = Path(uncausal.__file__).parent / "recipes"
 SECTIONS = ("name", "model", "pruning", "stage", "variant")
 MODEL_KEYS = ("bidirectional", "pooling", "num_layers", "attention", "dtype", "normalize", "max_seq_length")
 
@@ -54,18 +56,38 @@ class Recipe:
     data: list[Any] = field(default_factory=list)
 
 
+def list_recipes() -> dict[str, list[str]]:
+    """Return the recipes that come with the package, each with its variants."""
+    files = sorted(INCLUDED.glob("*.toml"))
+    return {file.stem: list(tomllib.loads(file.read_text("utf-8")).get("variant", {})) for file in files}
+
+
+def find_recipe(name: str | Path) -> Path:
+    """Return the file of a recipe, given as a path or by the name of one that comes with the package.
+
+    Raises:
+        FileNotFoundError: there is neither; the message lists the names.
+    """
+    for path in (Path(name), INCLUDED / f"{name}.toml"):
+        if path.is_file():
+            return path
+    raise FileNotFoundError(
+        f"no recipe {str(name)!r}: give a TOML file or one of {', '.join(list_recipes())}"
+    )
+
+
 def load_recipe(path: str | Path, variant: str | None = None) -> Recipe:
     """Read a recipe and check every key.
 
     Args:
-        path: TOML file.
+        path: TOML file, or the name of a recipe that comes with the package.
         variant: one of the file's; the first by default.
 
     Raises:
         FileNotFoundError: no such file.
         RecipeError: malformed TOML, an unknown key (the nearest valid one is named) or an impossible value.
     """
-    path = Path(path)
+    path = find_recipe(path)
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -145,7 +167,8 @@ def run_recipe(
         missing.insert(0, "pruning")
     if missing:
         raise RecipeError(
-            f"recipe {recipe.name!r} needs data for {', '.join(missing)}: data={{{missing[0]!r}: ...}}"
+            f"recipe {recipe.name!r} needs data for {', '.join(missing)}: "
+            f"data={{{missing[0]!r}: ...}}, or --data {missing[0]}=FILE"
         )
     encoder: Any = Encoder.from_pretrained(model or recipe.model, **{**recipe.options, **options})
     if recipe.pruning is not None:

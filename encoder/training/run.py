@@ -6,7 +6,6 @@ runs one stage; what is particular to a stage stands in its file in `stages/`.
 
 import json
 import logging
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -190,12 +189,10 @@ def _run(trainer: StageTrainer, stage: Stage, run: Path, progress: bool) -> dict
         bar.close()
     step = trainer.state.global_step
     if step < stage.max_steps:
-        message = (
+        raise TrainingInterrupted(
             f"{stage.name} stopped at step {step} of {stage.max_steps}: the same call or command "
             f"resumes {run}"
         )
-        print(message, file=sys.stderr, flush=True)
-        raise TrainingInterrupted(message)
     return {
         "steps": step - first,
         "tokens": trainer.tokens - tokens,

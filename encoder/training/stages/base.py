@@ -30,16 +30,27 @@ class Stage:
     """What all stages have in common; each kind of stage is a subclass in a file of its own.
 
     Args:
-        max_steps, learning_rate, warmup_steps, lr_scheduler_type, weight_decay, max_grad_norm, seed,
-            logging_steps, save_steps, eval_steps: as in the Trainer; eval_steps=0 evaluates only at the end.
+        max_steps: optimiser steps.
         batch_size: per process.
-        lora_r, lora_alpha, lora_dropout, lora_targets: the adapter; lora_r=0 trains all their weights.
+        learning_rate: at its highest.
+        warmup_steps: over which the learning rate rises to it.
+        lr_scheduler_type: how it falls afterwards, by the Trainer's names.
+        weight_decay: of AdamW.
+        max_grad_norm: gradients are scaled down to this norm.
+        lora_r: rank of the adapter; 0 trains all weights.
+        lora_alpha: the adapter's output is scaled by lora_alpha / lora_r.
+        lora_dropout: on the adapter's input.
+        lora_targets: names of the linear layers that get an adapter.
         trainable_layers: decoder layers to train, from 0; all by default. The backward pass
             stops below the lowest.
         bf16: matrix products in bfloat16; "auto" where the hardware has it. Weights keep their dtype.
         gradient_checkpointing: keep no activations but one per layer.
         mini_batch_size: chunks or pairs in memory at once; the loss is that of the whole batch all the same,
             by accumulation in MNTP and by GradCache (arXiv 2101.06983) in the others. All of them by default.
+        seed: of the data's order, dropout and masks.
+        logging_steps: between two lines of the log.
+        save_steps: between two checkpoints.
+        eval_steps: between two evaluations; 0 evaluates only at the end.
     """
 
     max_steps: int = 1000

@@ -28,7 +28,8 @@ class MNTP(Stage):
     Args:
         chunk_tokens: texts are joined and cut into chunks of this length, without padding.
         mask_probability: that a token is chosen.
-        mask_share, random_share: of the chosen tokens become the mask token, a random one; the rest stay.
+        mask_share: of the chosen tokens become the mask token.
+        random_share: of the chosen tokens become a random one; the rest stay.
         mask_token: by default the tokenizer's, or "_" where it has none.
         head: checkpoint with the language model's head, if the weights are not tied and the model was not
             loaded from it.

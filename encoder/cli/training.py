@@ -1,0 +1,91 @@
+"""Commands that train: one of a stage each, and run, which follows a recipe."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import FlagConversionOff, Positional, UseAppendAction
+
+from uncausal.encoder.cli.encoding import read
+from uncausal.encoder.cli.options import Json, Loading, check_writable, facts, report
+from uncausal.encoder.training import run as training
+from uncausal.encoder.training.recipes import list_recipes, load_recipe, run_recipe
+from uncausal.encoder.training.stages.contrastive import Contrastive
+from uncausal.encoder.training.stages.registry import STAGES
+
+
+def train_command(kind: str) -> Callable[..., None]:
+    """The command `uncausal train KIND`; the stage's fields and its docstring are the options."""
+    cls = STAGES[kind]
+
+    def command(
+        model: Positional[str],
+        data: Positional[str],
+        output: Positional[Path],
+        /,
+        *,
+        column: str = "text",
+        no_resume: bool = False,
+        stage: Annotated[cls, FlagConversionOff],  # pyright: ignore[reportInvalidTypeForm]
+        loading: Loading = Loading(),
+        as_json: Json = False,
+    ) -> None:
+        """Placeholder.
+
+        Args:
+            model: encoder folder, or anything `convert` takes.
+            data: text, JSONL, CSV, TSV or Parquet file, or a dataset's name.
+            output: folder to write; an interrupted run resumes from it.
+            column: field that holds the text.
+            no_resume: start again even if checkpoints are there.
+        """
+        check_writable(output, folder=True)
+        encoder = loading.load(model)
+        source = data if issubclass(cls, Contrastive) else read(data, column)
+        training.train(encoder, stage, source, output / "training", resume=not no_resume)
+        encoder.save_pretrained(str(output))
+        report(facts(encoder, output), as_json)
+
+    summary = (cls.__doc__ or "").strip().splitlines()[0]
+    command.__doc__ = (command.__doc__ or "").replace("Placeholder.", summary)
+    return command
+
+
+TRAIN = {kind: train_command(kind) for kind in STAGES}
+
+
+def run(
+    recipe: Positional[str | None] = None,
+    output: Positional[Path | None] = None,
+    /,
+    *,
+    list: bool = False,
+    variant: str | None = None,
+    model: str | None = None,
+    data: UseAppendAction[tuple[str, ...]] = (),
+    as_json: Json = False,
+) -> None:
+    """Run every step of a recipe.
+
+    Args:
+        recipe: name of a recipe that comes with the package (see --list), or a TOML file.
+        output: folder to write; an interrupted run resumes from it.
+        list: print the recipes that come with the package and their variants.
+        variant: one of the recipe's variants; by default the first.
+        model: instead of the recipe's own model.
+        data: data of a stage, as STAGE=FILE.
+    """
+    if list:
+        for name, variants in list_recipes().items():
+            print(f"{name}: {', '.join(variants)}")
+        return
+    if recipe is None or output is None:
+        raise ValueError(
+            "uncausal run takes a RECIPE and an OUTPUT folder; uncausal run --list names the recipes"
+        )
+    sources = dict(item.split("=", 1) for item in data if "=" in item)
+    if len(sources) != len(data):
+        raise ValueError("--data takes STAGE=FILE, for example --data mntp=text.txt")
+    loaded = load_recipe(recipe, variant)
+    check_writable(output, folder=True)
+    report(facts(run_recipe(loaded, output, model=model, data=sources), output), as_json)
