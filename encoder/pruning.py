@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from datasets import DatasetDict
 from sentence_transformers.util import batch_to_device
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from uncausal.encoder.data.pairs import read_pairs
+from uncausal.encoder.data.pairs import read_pairs, text_columns
 from uncausal.encoder.layers import decoder_layers, final_norm
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ class Pruning:
 
         Args:
             encoder: at full depth.
-            triplets: rows, columns, or a source for `read_pairs`; used where a curve decides.
+            triplets: a source for `read_pairs`; used where a curve decides.
             show_progress_bar: draw a bar over the batches.
 
         Raises:
@@ -69,9 +70,14 @@ class Pruning:
             return Choice(self.keep)
         if triplets is None:
             raise ValueError(f"keep={self.keep!r} is read off the loss after every layer, which needs pairs")
-        if isinstance(triplets, str | Path):
-            triplets = read_pairs(triplets)
-        rows = zip(*triplets.values(), strict=True) if isinstance(triplets, Mapping) else triplets
+        pairs = read_pairs(triplets)
+        sets = list(pairs.values()) if isinstance(pairs, DatasetDict) else [pairs]
+        width = min(len(text_columns(part)) for part in sets)  # rows of one batch have as many texts
+        rows = (
+            row
+            for part in sets
+            for row in zip(*(part[name] for name in text_columns(part)[:width]), strict=True)
+        )
         losses = layer_losses(
             encoder,
             list(islice(rows, self.triplets)),

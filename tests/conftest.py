@@ -158,3 +158,11 @@ def byte_llama(tmp_path_factory):
         AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     fast.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """Folder of a tiny causal Llama of two layers with an untied head (see tiny.py)."""
+    from tiny import save_checkpoint
+
+    return save_checkpoint(tmp_path_factory.mktemp("tiny"))

@@ -8,11 +8,13 @@ import sys
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from datasets import Dataset
 
-from uncausal.encoder.data.pairs import read_pairs
+from uncausal.encoder.data.pairs import class_triplets, read_pairs, text_columns
 from uncausal.encoder.data.rows import DataError
 from uncausal.encoder.data.texts import read_texts, sentences
 
+NEGATIVES = ("negative_1", "negative_2", "negative_3")
 TEXTS = ["Héllo wörld", 'a "quoted" text, with a comma', "日本語 の テキスト"]
 
 
@@ -103,36 +105,143 @@ def test_read_texts_reads_lines_before_the_damage(tmp_path):
         next(texts)
 
 
-def test_read_pairs_finds_the_columns_and_filters_by_score(tmp_path):
-    rows = [("0", "a", "b", "4.5"), ("1", "c", "d", "3.9"), ("2", "e", 'f "g', "4.0")]
-    body = "id\tsentence1\tsentence2\tscore\n" + "".join("\t".join(row) + "\n" for row in rows)
-    (tmp_path / "a.tsv").write_text(body)
-    assert read_pairs(tmp_path / "a.tsv", min_score=4) == {
-        "sentence1": ["a", "e"],
-        "sentence2": ["b", 'f "g'],
-    }
-    assert read_pairs(tmp_path / "a.tsv", ("sentence2", "sentence1"))["sentence2"] == ["b", "d", 'f "g']
+ROW = {"anchor": "a", "positive": "b", "negative": "c"}
 
 
 @pytest.mark.parametrize(
-    ("body", "options", "message"),
+    ("rows", "expected"),
     [
-        ('{"x": "a", "y": "b"}\n', {}, r":1: no pair among the fields \['x', 'y'\]"),
-        ('{"anchor": "a", "positive": " "}\n', {}, r":1: the field 'positive' is empty"),
-        ('{"anchor": "a", "positive": "b", "score": "high"}\n', {"min_score": 1}, r":1: .*no number: 'high'"),
-        ('{"anchor": "a", "positive": "b", "score": 0}\n', {"min_score": 1}, r"no pair with score >= 1"),
-        ('{"anchor": "a", "positive": "b"}\n', {"columns": ("anchor", "other")}, r":1: no field 'other'"),
+        ([ROW, ROW], {"anchor": ["a"] * 2, "positive": ["b"] * 2, "negative": ["c"] * 2}),
+        ({"negative": ["c"], "anchor": ["a"], "positive": ["b"]}, {k: [v] for k, v in ROW.items()}),
+        (Dataset.from_dict({k: [v] for k, v in ROW.items()}), {k: [v] for k, v in ROW.items()}),
+        ([("a", "b")], {"anchor": ["a"], "positive": ["b"]}),
+        ([("a", "b", "c", "d", "e")], dict(zip(("anchor", "positive", *NEGATIVES), "abcde", strict=True))),
+        (
+            [{"query": "a", "positive": "b", "negative_2": "d", "negative_10": "e", "negative_1": "c"}],
+            dict(zip(("anchor", "positive", *NEGATIVES), "abcde", strict=True)),
+        ),
+        ([{"question": "a", "answer": "b", "negative": ["c"]}], {k: [v] for k, v in ROW.items()}),
+    ],
+    ids=["dicts", "columns", "Dataset", "pair", "5-tuple", "numbered", "listed"],
+)
+def test_read_pairs_every_form(rows, expected):
+    """A list of dicts gave its keys as texts, a 5-tuple lost two negatives, negative_1 to 7 were dropped."""
+    found = read_pairs(rows)
+    wanted = {name: list(values) for name, values in expected.items()}
+    assert found.column_names == list(wanted) and found.to_dict() == wanted
+    assert text_columns(found) == found.column_names
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
+def test_read_pairs_reads_negatives_from_every_format(tmp_path, suffix):
+    frame = pa.table({"anchor": ["a", "d"], "positive": ["b", "e"], "negative_1": ["c", "f"]})
+    file = tmp_path / f"a.{suffix}"
+    if suffix == "parquet":
+        pq.write_table(frame, file)
+    elif suffix == "csv":
+        file.write_text("anchor,positive,negative_1\na,b,c\nd,e,f\n")
+    else:
+        file.write_text("".join(json.dumps(row) + "\n" for row in frame.to_pylist()))
+    assert read_pairs(file).to_dict() == {
+        "anchor": ["a", "d"],
+        "positive": ["b", "e"],
+        "negative": ["c", "f"],
+    }
+
+
+def test_read_pairs_takes_so_many_negatives():
+    rows = [("a", "b", "c", "d"), ("e", "f", "g")]
+    assert read_pairs(rows, negatives=1)["negative"] == ["c", "g"]
+    assert read_pairs(rows, negatives=0).column_names == ["anchor", "positive"]
+    named = [{"p": "a", "h": "b", "n": "c"}]
+    assert read_pairs(named, columns=("p", "h", "n")).to_dict() == {k: [v] for k, v in ROW.items()}
+
+
+def test_read_pairs_filters_by_score(tmp_path):
+    """Pairs scored 0 were positives."""
+    rows = [("0", "a", "b", "4.5"), ("1", "c", "d", "0"), ("2", "e", 'f "g', "4.0")]
+    body = "id\tsentence1\tsentence2\tscore\n" + "".join("\t".join(row) + "\n" for row in rows)
+    (tmp_path / "a.tsv").write_text(body)
+    found = read_pairs(tmp_path / "a.tsv", min_score=4)
+    assert found.to_dict() == {"anchor": ["a", "e"], "positive": ["b", 'f "g'], "label": [0, 1]}
+    assert read_pairs(tmp_path / "a.tsv", scored=True)["score"] == [4.5, 0.0, 4.0]
+    with pytest.raises(DataError, match=r"a\.tsv:2: the field 'score' would be ignored .*choose min_score"):
+        read_pairs(tmp_path / "a.tsv")
+    with pytest.raises(DataError, match="row 1: the field 'label' would be ignored"):
+        read_pairs([{"sentence1": "a", "sentence2": "b", "label": 0}])
+
+
+def test_read_pairs_sets_tasks_and_ids(caplog):
+    """A dict of sources, or a field `task`, makes sets; equal ids, equal numbers; what is unused is said."""
+    data = {
+        "x": [("a", "b")],
+        "y": [{**ROW, "task": "t", "id": "7", "url": "u"}, {**ROW, "task": "s", "id": "7"}],
+    }
+    found = read_pairs(data)
+    assert list(found) == ["x", "y/t", "y/s"] and found["y/t"]["label"] == [0]
+    assert [r.getMessage() for r in caplog.records if "not used" in r.getMessage()] == ["y: not used: 'url'"]
+    assert read_pairs([{**ROW, "label": x} for x in "pqp"])["label"] == [0, 1, 0]
+    assert read_pairs([{**ROW, "instruction": "find"}] * 2)["instruction"] == ["find", "find"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "message"),
+    [
+        ([{"x": "a", "y": "b"}], {}, r":1: no pair among the fields \['x', 'y'\]"),
+        ([{"anchor": "a", "positive": " "}], {}, r":1: the field 'positive' is empty"),
+        ([ROW, {"anchor": "a", "positive": 3}], {}, r":2: the field 'positive' holds int 3, not text"),
+        ([ROW, {"anchor": "a"}], {}, r":2: no field 'positive'"),
+        ([{"anchor": "a", "positive": "b"}, ROW], {}, r":1: no field 'negative', and other rows have 1"),
+        ([{**ROW, "negative_2": "d"}, ROW], {}, r":2: no field 'negative_2', and other rows have 2"),
+        ([ROW, {**ROW, "negative": "b"}], {}, r":2: the field 'negative' equals the field 'positive': 'b'"),
+        ([{**ROW, "score": "high"}], {"min_score": 1}, r":1: .*no number: 'high'"),
+        ([{**ROW, "score": 0}], {"min_score": 1}, r"no pair with score >= 1"),
+        ([{**ROW, "score": 1}, ROW], {"min_score": 1}, r":2: no field 'score'"),
+        ([ROW], {"columns": ("anchor", "other")}, r":1: no field 'other'"),
+        ([ROW], {"columns": ("anchor", "positive", "n")}, r":1: no field 'n'"),
+        ([{**ROW, "id": 1}, ROW], {}, r":2: some rows of the set have an id or a label, and some have none"),
+        ([{**ROW, "instruction": "x"}, {**ROW, "instruction": "y"}], {}, r":2: the field 'instruction' diff"),
+        ([], {}, r"a\.jsonl holds no rows"),
+        ([{"text": "a", "label": 1}, {"text": "b"}], {}, r":2: no field 'label'"),
+        ([{"text": t, "label": t == "c"} for t in "abc"], {}, r":3: the label True has one example only"),
+        ([{"text": t, "label": 1} for t in "ab"], {}, r":1: all rows have the label 1"),
     ],
 )
-def test_read_pairs_errors(tmp_path, body, options, message):
-    (tmp_path / "a.jsonl").write_text(body)
+def test_read_pairs_errors_name_file_row_and_field(tmp_path, rows, options, message):
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(DataError, match=message):
         read_pairs(tmp_path / "a.jsonl", **options)
 
 
-def test_read_pairs_prefers_triplets(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"negative": "c", "anchor": "a", "positive": "b"}\n')
-    assert read_pairs(tmp_path / "a.jsonl") == {"anchor": ["a"], "positive": ["b"], "negative": ["c"]}
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([ROW, ("a", "b")], "row 2: dicts and tuples are mixed"),
+        ([("a", "b"), "a b"], "row 2: expected a dict or a tuple, found str 'a b'"),
+        ([("a",)], "row 1: a tuple holds anchor, positive and negatives"),
+        ({"anchor": ["a"], "positive": ["b", "c"]}, "columns of unequal length"),
+        ({"x": [ROW], "y": [{"anchor": "a"}]}, "y: row 1: no pair among the fields"),
+        ({}, "the data hold no set"),
+    ],
+)
+def test_read_pairs_errors_in_memory(rows, message):
+    with pytest.raises(DataError, match=message):
+        read_pairs(rows)
+
+
+def test_class_triplets_by_hand():
+    """NV-Embed's rule: another example of the class as positive, examples of other classes as negatives."""
+    texts, labels = ["a1", "b1", "a2", "b2", "c1", "c2"], list("ababcc")
+    found = class_triplets(texts, labels, negatives=3, seed=1)
+    for text, label, pair in zip(texts, labels, found, strict=True):
+        (other,) = [t for t, x in zip(texts, labels, strict=True) if x == label and t != text]
+        assert (pair.anchor, pair.positive, pair.id) == (text, other, label)
+        assert len(set(pair.negatives)) == 3 and not any(n.startswith(label) for n in pair.negatives)
+    assert found == class_triplets(texts, labels, negatives=3, seed=1)
+    assert found != class_triplets(texts, labels, negatives=3, seed=2)
+    rows = read_pairs([{"text": t, "label": x} for t, x in zip(texts, labels, strict=True)], negatives=2)
+    assert rows.column_names == ["anchor", "positive", "negative_1", "negative_2", "label"]
+    assert rows["label"] == [0, 1, 0, 1, 2, 2]
 
 
 def test_sentences():

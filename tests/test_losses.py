@@ -14,10 +14,11 @@ from sentence_transformers.sentence_transformer.losses import (
     MatryoshkaLoss,
     MultipleNegativesRankingLoss,
 )
+from tiny import TEXTS, load
 from torch import nn
 
 from uncausal.encoder.training import losses
-from uncausal.encoder.training.losses import InfoNCELoss, masked_next_token_loss
+from uncausal.encoder.training.losses import InfoNCELoss, embed, masked_next_token_loss
 
 VOCABULARY, DIM = 50, 16
 
@@ -208,6 +209,28 @@ def test_info_nce_loss_rejects():
         InfoNCELoss(model)(batch(1), None)
     with pytest.raises(ValueError, match="one label per anchor"):
         InfoNCELoss(model, labels_as_ids=True)(batch(2), torch.zeros(3))
+
+
+@pytest.mark.parametrize("prompt", ["the king ", None], ids=["prompt", "plain"])
+def test_packed_columns_share_a_forward_pass(checkpoint, prompt):
+    """The same loss and gradients as a pass a column, in one pass."""
+    encoder = load(checkpoint)
+    passes = []
+    encoder.backbone.layers[0].register_forward_hook(lambda module, inputs, output: passes.append(module))
+    columns = [[TEXTS[i * 3 + j] + " music" * (i % 3) for i in range(5)] for j in range(3)]
+
+    def run(embedded):
+        encoder.zero_grad()
+        features = [encoder.preprocess(t, prompt=prompt if i == 0 else None) for i, t in enumerate(columns)]
+        passes.clear()
+        loss = InfoNCELoss(encoder).compute_loss_from_embeddings(embedded(encoder, features), None)
+        loss.backward()
+        return loss.detach(), [p.grad.clone() for p in encoder.parameters()], len(passes)
+
+    merged = run(embed)
+    single = run(lambda model, features: [model(column)["sentence_embedding"] for column in features])
+    assert (merged[2], single[2]) == (1, 3)
+    torch.testing.assert_close(merged[:2], single[:2], rtol=1e-4, atol=1e-5)
 
 
 RANK_SIZES = (3, 6)

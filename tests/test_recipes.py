@@ -31,13 +31,13 @@ keep = 3
 [[stage]]
 kind = "mntp"
 data = "text.txt"
-steps = 2
+max_steps = 2
 batch_size = 4
 chunk_tokens = 8
 bf16 = false
 [[stage]]
 kind = "contrastive"
-steps = 2
+max_steps = 2
 batch_size = 8
 warmup_steps = 0
 bf16 = false
@@ -79,11 +79,17 @@ def checkpoint(tmp_path_factory) -> Path:
 
 
 def test_llm2vec_recipe_is_the_papers():
+    """At step 1000 the rate is still 95 % of the first."""
     recipe = load_recipe(RECIPES / "llm2vec.toml")
     assert recipe.variant == "llama3" and recipe.options == {"bidirectional": True, "pooling": "mean"}
-    assert recipe.stages == [MNTP(), SimCSE()] and recipe.pruning is None
+    assert (
+        recipe.stages == [MNTP(schedule_steps=21600), SimCSE(schedule_steps=23438)] and recipe.pruning is None
+    )
     mistral = load_recipe(RECIPES / "llm2vec.toml", "mistral")
-    assert mistral.stages == [MNTP.mistral(), SimCSE()] and "Mistral-7B" in mistral.model
+    assert (
+        mistral.stages == [MNTP.mistral(schedule_steps=21600), SimCSE(schedule_steps=23438)]
+        and "Mistral-7B" in mistral.model
+    )
     assert "Qwen2.5-Coder" in load_recipe(RECIPES / "llm2vec.toml", "qwen2_5-coder").model
 
 
@@ -106,7 +112,7 @@ def test_every_variant_of_every_recipe_loads(path):
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("steps = 2", "step = 2", r"stage 1 \(mntp\): unknown key 'step'; did you mean 'steps'\?"),
+        ("max_steps", "max_step", r"stage 1 \(mntp\): unknown key 'max_step'; did you mean 'max_steps'\?"),
         ("chunk_tokens", "max_length", r"stage 1 \(mntp\): unknown key 'max_length'"),
         ("[pruning]", "[prune]", r"unknown key 'prune'; did you mean 'pruning'\?"),
         ('pooling = "mean"', 'poling = "mean"', r"\[model\]: unknown key 'poling'; did you mean 'pooling'\?"),

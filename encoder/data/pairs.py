@@ -1,70 +1,360 @@
-"""Pairs and triplets: read from any source into columns, anchor first."""
+"""Training pairs: one format from any source, checked row by row.
 
-from collections.abc import Sequence
+A row has `anchor`, `positive` and any number of negatives (`negative`, `negative_1`, ..., or a list in one of
+them); optional are `task` (a set of its own), `instruction`, `id` or `label` (equal ones are no negatives of
+each other) and `score`. A set of `text` and `label` alone becomes triplets by `class_triplets`.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from datasets import Dataset, DatasetDict
+
 from uncausal.encoder.data.rows import DataError, is_plain, read_rows, text_field
 
-PAIR_COLUMNS = (
-    ("anchor", "positive", "negative"),
+logger = logging.getLogger(__name__)
+
+PAIR_NAMES = (
     ("anchor", "positive"),
-    ("query", "positive", "negative"),
     ("query", "positive"),
     ("question", "answer"),
     ("sentence1", "sentence2"),
 )
+NEGATIVE = re.compile(r"negative(?:_(\d+))?")
+TEXT, LABEL = "text", "label"
 
 
-def read_pairs(
-    source: str | Path,
-    columns: Sequence[str] | None = None,
-    *,
-    min_score: float | None = None,
-    score_column: str = "score",
-) -> dict[str, list[str]]:
-    """Read training pairs (anchor, positive) or triplets with a hard negative.
+@dataclass(kw_only=True)
+class PairOptions:
+    """How rows are read.
 
     Args:
-        source: as in `read_texts`; plain text has no fields and is refused.
-        columns: the fields to read, anchor first; by default the first of the usual names that the rows have.
-        min_score: keep only rows whose `score_column` is at least this.
+        columns: the fields of anchor, positive and negatives; by default anchor and positive (or query and
+            positive, question and answer, sentence1 and sentence2), and all that are named negative.
+        negatives: of every row so many, the first; by default all, and as many in every row. A set of
+            classes draws so many, one by default.
+        min_score: only rows whose `score` is at least this are pairs.
+        scored: keep `score`, where rows have it, as the label for a loss of scores.
+        seed: of what a set of classes draws.
+    """
+
+    columns: Sequence[str] | None = None
+    negatives: int | None = None
+    min_score: float | None = None
+    scored: bool = False
+    seed: int = 0
+
+
+@dataclass
+class Pair:
+    """A row in the one format, and the place it came from."""
+
+    place: str
+    anchor: str
+    positive: str
+    negatives: list[str] = field(default_factory=list)
+    id: Any = None
+    score: float | None = None
+    task: str | None = None
+    instruction: str | None = None
+
+
+def read_pairs(source: Any, **options: Any) -> Dataset | DatasetDict:
+    """Read training pairs, triplets or rows with many negatives from any source.
+
+    Args:
+        source: a file or a dataset's name (see `rows`), a list of rows (dicts, or tuples in the order anchor,
+            positive, negatives), columns, a `Dataset`; or a dict of several of these, a set each.
+        options: fields of `PairOptions`.
 
     Returns:
-        One list of texts per column, anchor first, all of the same length.
+        A Dataset with the columns anchor, positive, then negative or negative_1 to negative_K; further
+        `label` (integers) where rows carry an id or a label, `score` where asked for, and `instruction`. For
+        a dict, or rows with a `task`, a DatasetDict of those.
 
     Raises:
         FileNotFoundError: no such file.
-        DataError: as in `read_texts`, or no row is left.
+        DataError: a row that is no pair; the message names file, row and field.
     """
-    texts: dict[str, list[str]] = {name: [] for name in columns or ()}
-    for where, row in read_rows(source):
-        if is_plain(row):
-            raise DataError(f"{where}: pairs need fields, and a plain text file has none: use .jsonl or .tsv")
-        if not texts:
-            names = next((names for names in PAIR_COLUMNS if row.keys() >= set(names)), None)
-            if names is None:
-                raise DataError(
-                    f"{where}: no pair among the fields {sorted(row)}; pass columns=(anchor, positive)"
-                )
-            texts = {name: [] for name in names}
-        if min_score is not None and _score(row, score_column, where) < min_score:
+    settings = PairOptions(**options)
+    if isinstance(source, Mapping) and not _is_columns(source):
+        if not source:
+            raise DataError("the data hold no set")
+        parts: dict[str, Dataset] = {}
+        for name, part in source.items():
+            read = _read_sets(part, settings, f"{name}: ")
+            parts |= {name if task is None else f"{name}/{task}": rows for task, rows in read.items()}
+        return DatasetDict(parts)
+    parts = _read_sets(source, settings)
+    return parts[None] if parts.keys() == {None} else DatasetDict(parts)
+
+
+def class_triplets(
+    texts: Sequence[str],
+    labels: Sequence[Any],
+    *,
+    negatives: int = 1,
+    seed: int = 0,
+    places: Sequence[str] | None = None,
+) -> list[Pair]:
+    """Make triplets of a set of classes (NV-Embed, arXiv 2405.17428, section 4.2).
+
+    Every text is an anchor; its positive is another example of its class, its negatives are examples of other
+    classes. The class becomes the id, so that examples of one class can be kept from being negatives.
+
+    Args:
+        texts: the examples. labels: the class of each. places: of each, for messages.
+        negatives: for each anchor.
+        seed: of the draws.
+
+    Raises:
+        DataError: only one class, or a class with one example.
+    """
+    places = places or [f"row {number}" for number in range(1, len(texts) + 1)]
+    members: dict[Any, list[int]] = defaultdict(list)
+    for index, label in enumerate(labels):
+        members[label].append(index)
+    if len(members) < 2:
+        raise DataError(f"{places[0]}: all rows have the label {labels[0]!r}: negatives need another class")
+    rng = np.random.default_rng(seed)
+    pairs = []
+    for text, label, place in zip(texts, labels, places, strict=True):
+        others = [texts[i] for i in members[label] if texts[i] != text]
+        if not others:
+            raise DataError(f"{place}: the label {label!r} has one example only, so it has no positive")
+        wrong: list[str] = []
+        for _ in range(100 * negatives):
+            if len(wrong) == negatives:
+                break
+            index = int(rng.integers(len(texts)))
+            if labels[index] != label and texts[index] not in wrong:
+                wrong.append(texts[index])
+        if len(wrong) < negatives:
+            raise DataError(f"{place}: fewer than {negatives} examples of other classes than {label!r}")
+        pairs.append(Pair(place, text, others[int(rng.integers(len(others)))], wrong, id=label))
+    return pairs
+
+
+def text_columns(dataset: Dataset) -> list[str]:
+    """The columns of a dataset of `read_pairs` that hold texts, anchor first."""
+    return [c for c in dataset.column_names if c in ("anchor", "positive") or NEGATIVE.fullmatch(c)]
+
+
+def _read_sets(source: Any, options: PairOptions, prefix: str = "") -> dict[Any, Dataset]:
+    """Read one source into a Dataset a task; the key is None where rows have no task."""
+    if isinstance(source, DatasetDict):
+        raise DataError(f"{prefix}a DatasetDict inside a set: give its parts as sets of their own")
+    rows = [(prefix + place, row) for place, row in _rows(source)]
+    if not rows:
+        raise DataError(f"{prefix}{_name(source)} holds no rows")
+    names = _pair_names(rows[0][1], rows[0][0], options)
+    pairs = _classes(rows, options) if names is None else _pairs(rows, names, options)
+    if not pairs:
+        raise DataError(f"{prefix}{_name(source)} holds no pair with score >= {options.min_score}")
+    tasks: dict[Any, list[Pair]] = defaultdict(list)
+    for pair in pairs:
+        tasks[pair.task].append(pair)
+    return {task: _dataset(part, options) for task, part in tasks.items()}
+
+
+def _rows(source: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (place, fields) of every row of one source."""
+    if isinstance(source, str | Path):
+        for place, row in read_rows(source):
+            if is_plain(row):
+                raise DataError(f"{place}: pairs need fields, and plain text has none: use .jsonl or .tsv")
+            yield place, row
+        return
+    if isinstance(source, Mapping):
+        lengths = {name: len(values) for name, values in source.items()}
+        if len(set(lengths.values())) > 1:
+            raise DataError(f"columns of unequal length: {lengths}")
+        names, columns = list(source), list(source.values())
+        source = (dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True))
+    kind = None
+    for number, row in enumerate(source, 1):
+        place = f"row {number}"
+        if not isinstance(row, Mapping | tuple | list):
+            raise DataError(f"{place}: expected a dict or a tuple, found {type(row).__name__} {row!r}")
+        if kind not in (None, isinstance(row, Mapping)):
+            raise DataError(f"{place}: dicts and tuples are mixed")
+        kind = isinstance(row, Mapping)
+        if not isinstance(row, Mapping):
+            if len(row) < 2:
+                raise DataError(f"{place}: a tuple holds anchor, positive and negatives; found {row!r}")
+            more = ["negative"] if len(row) == 3 else [f"negative_{n}" for n in range(1, len(row) - 1)]
+            row = dict(zip(("anchor", "positive", *more), row, strict=True))
+        yield place, dict(row)
+
+
+def _pair_names(row: Mapping[str, Any], place: str, options: PairOptions) -> tuple[str, str] | None:
+    """The fields of anchor and positive, or None for a set of classes."""
+    if options.columns is not None:
+        if len(options.columns) < 2:
+            raise DataError(f"columns are anchor, positive and negatives; found {list(options.columns)}")
+        return options.columns[0], options.columns[1]
+    names = next((names for names in PAIR_NAMES if row.keys() >= set(names)), None)
+    if names is None and not row.keys() >= {TEXT, LABEL}:
+        raise DataError(
+            f"{place}: no pair among the fields {sorted(row)}: name them anchor and positive, or text and "
+            "label, or choose columns=(anchor, positive, ...)"
+        )
+    return names
+
+
+def _pairs(
+    rows: Sequence[tuple[str, Mapping[str, Any]]], names: tuple[str, str], options: PairOptions
+) -> list[Pair]:
+    # A label beside two sentences says how they relate (paraphrase, entailment), as a score does.
+    relation = "score"
+    if names == PAIR_NAMES[-1] and all("score" not in row and LABEL in row for _, row in rows):
+        relation = LABEL
+    needed = options.min_score is not None or options.scored and any(relation in row for _, row in rows)
+    found, unused = [], set()
+    for place, row in rows:
+        score = None
+        if row.get(relation) is not None:
+            score = _number(row[relation], relation, place)
+        if needed:
+            if score is None:
+                raise DataError(f"{place}: no field {relation!r}; there is {', '.join(map(repr, row))}")
+        elif score is not None:
+            raise DataError(
+                f"{place}: the field {relation!r} would be ignored and every pair be a positive: choose "
+                "min_score, or a loss of scores"
+            )
+        if options.min_score is not None and score is not None and score < options.min_score:
             continue
-        for name, values in texts.items():
-            value = text_field(row, name, where)
-            if not value.strip():
-                raise DataError(f"{where}: the field {name!r} is empty")
-            values.append(value)
-    if not any(texts.values()):
-        kept = "" if min_score is None else f" with {score_column} >= {min_score}"
-        raise DataError(f"{source}: holds no pair{kept}")
-    return texts
+        fields = _negative_fields(row, options)
+        pair = Pair(place, _text(row, names[0], place), _text(row, names[1], place), score=score)
+        for name in fields:
+            if name not in row:
+                text_field(dict(row), name, place)  # raises
+            values = row[name] if isinstance(row[name], list | tuple) else [row[name]]
+            for value in values:
+                if value is None or value == "":  # how CSV and Parquet write that there is none
+                    continue
+                text = _text({name: value}, name, place)
+                if text == pair.positive:
+                    raise DataError(f"{place}: the field {name!r} equals the field {names[1]!r}: {text!r}")
+                pair.negatives.append(text)
+        pair.task, pair.instruction = _optional(row, "task", place), _optional(row, "instruction", place)
+        pair.id = row.get("id", None if relation == LABEL else row.get(LABEL))
+        unused |= row.keys() - {*names, *fields, relation, "task", "instruction", "id"}
+        if "id" not in row:
+            unused.discard(LABEL)
+        found.append(pair)
+    _say_unused(rows, unused)
+    return found
 
 
-def _score(row: dict[str, Any], name: str, where: str) -> float:
+def _classes(rows: Sequence[tuple[str, Mapping[str, Any]]], options: PairOptions) -> list[Pair]:
+    for place, row in rows:
+        _text(row, TEXT, place)
+        if row.get(LABEL) is None:
+            raise DataError(f"{place}: no field {LABEL!r}; there is {', '.join(map(repr, row))}")
+    if options.min_score is not None:
+        raise DataError(f"{rows[0][0]}: no field 'score'; there is {', '.join(map(repr, rows[0][1]))}")
+    _say_unused(rows, {name for _, row in rows for name in row} - {TEXT, LABEL, "task", "instruction"})
+    tasks: dict[str | None, list[tuple[str, Mapping[str, Any]]]] = defaultdict(list)
+    for place, row in rows:
+        tasks[_optional(row, "task", place)].append((place, row))
+    found = []
+    for task, part in tasks.items():
+        places = [place for place, _ in part]
+        texts, labels = [row[TEXT] for _, row in part], [row[LABEL] for _, row in part]
+        count = 1 if options.negatives is None else options.negatives
+        made = class_triplets(texts, labels, negatives=count, seed=options.seed, places=places)
+        for pair, (place, row) in zip(made, part, strict=True):
+            pair.task, pair.instruction = task, _optional(row, "instruction", place)
+        found += made
+    return found
+
+
+def _dataset(pairs: list[Pair], options: PairOptions) -> Dataset:
+    """Columns of the pairs of one set, which must be alike."""
+    if options.negatives is not None:
+        for pair in pairs:
+            pair.negatives = pair.negatives[: options.negatives]
+    count = options.negatives if options.negatives is not None else max(len(p.negatives) for p in pairs)
+    first = pairs[0]
+    for pair in pairs:
+        if len(pair.negatives) < count:
+            name = "negative" if count == 1 else f"negative_{len(pair.negatives) + 1}"
+            raise DataError(
+                f"{pair.place}: no field {name!r}, and other rows have {count}: every row needs as many "
+                "negatives; negatives=N takes the first N of each"
+            )
+        if pair.instruction != first.instruction:
+            raise DataError(
+                f"{pair.place}: the field 'instruction' differs from that of {first.place}: rows of one set "
+                "share one; give rows of another instruction another `task`"
+            )
+        if (pair.id is None) != (first.id is None):
+            raise DataError(f"{pair.place}: some rows of the set have an id or a label, and some have none")
+    columns: dict[str, list[Any]] = {
+        "anchor": [pair.anchor for pair in pairs],
+        "positive": [pair.positive for pair in pairs],
+    }
+    for number in range(count):
+        name = "negative" if count == 1 else f"negative_{number + 1}"
+        columns[name] = [pair.negatives[number] for pair in pairs]
+    if options.scored and first.score is not None:
+        columns["score"] = [pair.score for pair in pairs]
+    elif first.id is not None:
+        numbers: dict[Any, int] = {}
+        columns[LABEL] = [numbers.setdefault(pair.id, len(numbers)) for pair in pairs]
+    if first.instruction is not None:
+        columns["instruction"] = [pair.instruction for pair in pairs]
+    return Dataset.from_dict(columns)
+
+
+def _negative_fields(row: Mapping[str, Any], options: PairOptions) -> list[str]:
+    if options.columns is not None:
+        return list(options.columns[2:])
+    numbers = {name: match[1] for name in row if (match := NEGATIVE.fullmatch(name))}
+    return sorted(numbers, key=lambda name: int(numbers[name] or 0))
+
+
+def _text(row: Mapping[str, Any], name: str, place: str) -> str:
+    value = text_field(dict(row), name, place)
+    if not value.strip():
+        raise DataError(f"{place}: the field {name!r} is empty")
+    return value
+
+
+def _optional(row: Mapping[str, Any], name: str, place: str) -> str | None:
+    return None if row.get(name) is None else _text(row, name, place)
+
+
+def _number(value: Any, name: str, place: str) -> float:
     try:
-        return float(row[name])
-    except KeyError:
-        raise DataError(f"{where}: no field {name!r}; there is {', '.join(map(repr, row))}") from None
+        return float(value)
     except (TypeError, ValueError):
-        raise DataError(f"{where}: the field {name!r} is no number: {row[name]!r}") from None
+        raise DataError(f"{place}: the field {name!r} is no number: {value!r}") from None
+
+
+def _say_unused(rows: Sequence[tuple[str, Any]], unused: set[str]) -> None:
+    if unused:
+        source = rows[0][0].rpartition(":")[0] or "the rows"
+        logger.warning("%s: not used: %s", source, ", ".join(map(repr, sorted(unused))))
+
+
+def _is_columns(data: Mapping[str, Any]) -> bool:
+    """Whether a dict holds the columns of one set, rather than several sets."""
+    known = {name for names in PAIR_NAMES for name in names} | {TEXT}
+    lists = [values for values in data.values() if isinstance(values, list | tuple)]
+    flat = len(lists) == len(data) and not any(isinstance(v[0], Mapping | list | tuple) for v in lists if v)
+    return bool(data) and not isinstance(data, DatasetDict) and (flat or bool(known & data.keys()))
+
+
+def _name(source: Any) -> str:
+    return str(source) if isinstance(source, str | Path) else f"the {type(source).__name__}"

@@ -1,32 +1,40 @@
 """The folder of a training run: whose it is, its checkpoints, its final adapter.
 
-run.json            settings, and digests of model and data: a run only resumes what it began
+run.json            settings, and digests of model, loss and data: a run only resumes what it began
 checkpoint-N/       adapter, optimizer, schedule and random state after step N
-adapter/            the trained adapter and training.json, the log; a run that has it is finished
+adapter/            the trained adapter and training.json, the log and the run it is of; a run that has it is
+                    finished
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
+import logging
 import shutil
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
+import torch
 from accelerate import PartialState
 from datasets import DatasetDict
 from peft import PeftModel
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from sentence_transformers import SentenceTransformer
-from torch import Tensor
+from torch import Tensor, nn
 
+from uncausal.encoder.adapters import ADAPTER_FILE
 from uncausal.encoder.files import staged
-from uncausal.encoder.training.lora import save_trainable
+from uncausal.encoder.training.lora import EXTRA_FILE, save_trainable
+from uncausal.encoder.training.ranks import together
 
 if TYPE_CHECKING:
     from uncausal.encoder.training.stages.base import Stage
+
+logger = logging.getLogger(__name__)
 
 FREE_TO_CHANGE = ("logging_steps", "save_steps", "eval_steps")
 FINAL, RECORD = "adapter", "training.json"
@@ -42,67 +50,144 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
-def describe(encoder: SentenceTransformer, stage: Stage, dataset: Any) -> dict[str, Any]:
+def last_checkpoint(run: Path) -> Path | None:
+    """The last checkpoint whose tensors are finite; those behind it that are not are removed."""
+    for path in reversed(checkpoints(run)):
+        files = [path / name for name in (ADAPTER_FILE, EXTRA_FILE) if (path / name).exists()]
+        if all(bool(tensor.isfinite().all()) for file in files for tensor in _read(file)):
+            return path
+        logger.warning("%s holds weights that are not finite: going on from the one before", path)
+        if PartialState().is_main_process:
+            shutil.rmtree(path, ignore_errors=True)
+    return None
+
+
+def describe(
+    encoder: SentenceTransformer, stage: Stage, dataset: Any, loss: nn.Module | None
+) -> dict[str, Any]:
     """What must not change between the parts of an interrupted run."""
-    weights = hashlib.sha256()
-    for name, parameter in encoder.named_parameters():
-        weights.update(name.encode())
-        weights.update(parameter.detach().flatten()[:64].float().cpu().numpy().tobytes())
-    if isinstance(dataset, Tensor):
-        digest = zlib.crc32(dataset.numpy().tobytes())
-    else:
-        parts = dataset.values() if isinstance(dataset, DatasetDict) else [dataset]
-        digest = zlib.crc32("".join(f"{len(p)}{p[0]}{p[len(p) - 1]}" for p in parts).encode())
+    weights = 0
+    for name, tensor in encoder.state_dict().items():
+        weights = zlib.crc32(name.encode(), weights)
+        weights = zlib.crc32(memoryview(_bytes(tensor)), weights)
+    backbone: Any = encoder[0].auto_model  # type: ignore[union-attr]
     settings = {k: v for k, v in dataclasses.asdict(stage).items() if k not in FREE_TO_CHANGE}
     description = {
         "stage": stage.name,
         **settings,
-        "model": weights.hexdigest()[:16],
-        "data": f"{digest:08x}",
+        "model": f"{weights:08x}",
+        "attention": f"{_mode(backbone)}, {backbone.config._attn_implementation}",
+        "max_seq_length": encoder.max_seq_length,
+        # What stands between a text and its vector but weights: pooling, templates.
+        "modules": [_settings(module) for module in encoder],
+        "encoder_prompts": encoder.prompts,
+        "tokenizer": f"{zlib.crc32(_tokenizer(encoder.tokenizer).encode()):08x}",
+        "loss": None if loss is None else _settings(loss),
+        "data": f"{digest(dataset):08x}",
+        "processes": PartialState().num_processes,
     }
-    return json.loads(json.dumps(description))
+    return json.loads(json.dumps(description, default=lambda value: type(value).__name__))
+
+
+def digest(dataset: Any) -> int:
+    """A checksum of all rows of a tensor, a Dataset or a DatasetDict."""
+    if isinstance(dataset, Tensor):
+        return zlib.crc32(memoryview(_bytes(dataset)))
+    value = 0
+    for name, part in dataset.items() if isinstance(dataset, DatasetDict) else [("", dataset)]:
+        value = zlib.crc32(f"{name}:{part.column_names}".encode(), value)
+        for rows in part.with_format("arrow").iter(10_000):
+            sink = pa.BufferOutputStream()
+            with pa.ipc.new_stream(sink, rows.schema) as stream:
+                stream.write_table(rows.combine_chunks())
+            value = zlib.crc32(sink.getvalue(), value)
+    return value
 
 
 def open_run(run: Path, description: dict[str, Any], resume: bool) -> None:
-    """Create the folder, or make sure that what it holds belongs to this run."""
-    state, record = PartialState(), run / "run.json"
-    if state.is_main_process:
-        if not resume:
-            for old in [run / "adapter", *checkpoints(run)]:
+    """Create the folder, or make sure that what it holds belongs to this run.
+
+    A record counts once a checkpoint or an adapter stands beside it: a run that failed before is replaced.
+    """
+    record = run / "run.json"
+    with together():
+        if PartialState().is_main_process:
+            for old in run.glob(".saving-*"):
                 shutil.rmtree(old, ignore_errors=True)
-            record.unlink(missing_ok=True)
+            if not resume:
+                for old in [run / FINAL, *checkpoints(run)]:
+                    shutil.rmtree(old, ignore_errors=True)
+            try:
+                run.mkdir(parents=True, exist_ok=True)
+                if not (run / FINAL).exists() and not checkpoints(run):
+                    partial = record.with_suffix(".partial")
+                    partial.write_text(json.dumps(description, indent=2))
+                    partial.replace(record)
+            except OSError as error:
+                raise OSError(f"cannot write in {run}: {error.strerror or error}") from error
+    known = [record] if record.exists() or not (run / FINAL).exists() else []
+    known += [run / FINAL / RECORD] if (run / FINAL).exists() else []
+    for file in known:
         try:
-            run.mkdir(parents=True, exist_ok=True)
-            if not record.exists():
-                partial = record.with_suffix(".partial")
-                partial.write_text(json.dumps(description, indent=2))
-                partial.replace(record)
-        except OSError as error:
-            raise OSError(f"cannot write in {run}: {error.strerror or error}") from error
-    state.wait_for_everyone()
-    before = json.loads(record.read_text())
-    changed = [k for k in {**before, **description} if before.get(k) != description.get(k)]
-    if changed:
-        shown = ", ".join(f"{k} ({before.get(k)!r} there, {description.get(k)!r} here)" for k in changed)
-        raise ValueError(
-            f"{run} holds a run that differs in {shown}. Choose another folder, or pass resume=False to "
-            "replace it."
-        )
+            content = json.loads(file.read_text())
+        except (OSError, ValueError):
+            content = {}
+        before = content if file == record else content.get("run", {})
+        changed = [k for k in {**before, **description} if before.get(k) != description.get(k)]
+        if changed:
+            shown = ", ".join(f"{k} ({before.get(k)!r} there, {description.get(k)!r} here)" for k in changed)
+            differs = f"a run that differs in {shown}" if before else "a run of unknown settings"
+            raise ValueError(
+                f"{run} holds {differs}. Choose another folder, or pass resume=False to replace it."
+            )
 
 
 def save_final(
-    encoder: SentenceTransformer, adapter: PeftModel | None, run: Path, record: dict[str, Any]
+    encoder: SentenceTransformer,
+    adapter: PeftModel | None,
+    run: Path,
+    record: dict[str, Any],
+    description: dict[str, Any],
 ) -> None:
     """Write `adapter/` whole or not at all."""
-    state = PartialState()
-    if state.is_main_process:
-        try:
-            with staged(run / FINAL) as folder:
-                save_trainable(encoder, adapter, folder)
-                (folder / RECORD).write_text(json.dumps(record, indent=1))
-        except (OSError, SafetensorError) as error:
-            raise OSError(
-                f"could not write {run / FINAL} ({error}). Make room and run the same again: it goes on from "
-                "the last checkpoint."
-            ) from error
-    state.wait_for_everyone()
+    with together():
+        if PartialState().is_main_process:
+            try:
+                with staged(run / FINAL) as folder:
+                    save_trainable(encoder, adapter, folder)
+                    (folder / RECORD).write_text(json.dumps({**record, "run": description}, indent=1))
+            except (OSError, SafetensorError) as error:
+                raise OSError(
+                    f"could not write {run / FINAL} ({error}). Make room and run the same again: it goes on "
+                    "from the last checkpoint."
+                ) from error
+
+
+def _bytes(tensor: Tensor) -> Any:
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+
+
+def _read(file: Path) -> Iterator[Tensor]:
+    with safe_open(file, "pt") as tensors:
+        for name in tensors.keys():  # noqa: SIM118 (not a dict)
+            yield tensors.get_tensor(name)
+
+
+def _settings(module: Any) -> dict[str, Any]:
+    """What a module of the library says of itself, and its name."""
+    kind = type(module)
+    config = module.get_config_dict() if hasattr(module, "get_config_dict") else {}
+    return {"kind": f"{kind.__module__}.{kind.__qualname__}", **config}
+
+
+def _mode(backbone: Any) -> str:
+    return "causal" if getattr(backbone.config, "is_causal", True) else "bidirectional"
+
+
+def _tokenizer(tokenizer: Any) -> str:
+    """Vocabulary, special tokens and template of a tokenizer."""
+    fast = getattr(tokenizer, "backend_tokenizer", None)
+    state = json.loads(fast.to_str()) if fast is not None else tokenizer.get_vocab()
+    for transient in ("truncation", "padding"):  # as the last call left them
+        state.pop(transient, None)
+    return f"{json.dumps(state, sort_keys=True)}{tokenizer.special_tokens_map}{tokenizer.chat_template}"

@@ -1,6 +1,7 @@
 """Training losses: in-batch contrast for sentence-transformers, and masked next token prediction."""
 
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -100,7 +101,7 @@ class InfoNCELoss(CachedLossMixin, nn.Module):
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None) -> Tensor:
         if self.uses_gradient_cache:
             return self.forward_cached(sentence_features, labels)
-        return self.compute_loss_from_embeddings(embed_columns(self.model, sentence_features), labels)
+        return self.compute_loss_from_embeddings(embed(self.model, list(sentence_features)), labels)
 
     def calculate_loss(
         self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
@@ -185,6 +186,33 @@ class InfoNCELoss(CachedLossMixin, nn.Module):
         return {n: getattr(self, n) for n in (*names, *more)} | {
             "mini_batch_size": self.mini_batch_size or None
         }
+
+
+def embed(model: nn.Module, columns: list[dict[str, Any]]) -> list[Tensor]:
+    """Embed the columns of a batch, packed ones in one forward pass.
+
+    The library merges padded columns, all but the first, which may be of another width. Packed there is no
+    width.
+
+    Returns:
+        One (B, D) embedding per column.
+    """
+    if len(columns) < 2 or not all("cu_seq_lens_q" in column for column in columns):
+        return embed_columns(model, columns)
+    joined = dict(columns[0])
+    for name in ("input_ids", "position_ids"):
+        joined[name] = torch.cat([column[name] for column in columns], 1)
+    if any("prompt_mask" in column for column in columns):
+        masks = [c.get("prompt_mask", torch.zeros_like(c["input_ids"], dtype=torch.bool)) for c in columns]
+        joined["prompt_mask"] = torch.cat(masks, 1)
+    ends, tokens = [columns[0]["cu_seq_lens_q"]], 0
+    for before, column in pairwise(columns):
+        tokens += before["input_ids"].shape[1]
+        ends.append(column["cu_seq_lens_q"][1:] + tokens)
+    joined["cu_seq_lens_q"] = joined["cu_seq_lens_k"] = torch.cat(ends)
+    joined["max_length_q"] = joined["max_length_k"] = max(column["max_length_q"] for column in columns)
+    counts = [len(column["cu_seq_lens_q"]) - 1 for column in columns]
+    return list(model(joined)["sentence_embedding"].split(counts))
 
 
 def masked_next_token_loss(

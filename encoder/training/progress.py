@@ -11,6 +11,8 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
+from uncausal.encoder.training.ranks import anywhere
+
 SECONDS_BETWEEN_LINES = 15.0
 
 
@@ -89,6 +91,8 @@ class StopOnSignal(TrainerCallback):
         self.stopped = False
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # Every process must stop after the same step, whichever of them had the signal, or the others hang.
+        self.stopped = anywhere(self.stopped)
         if self.stopped and state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = True
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from sentence_transformers import SentenceTransformer
+from torch import nn
 from transformers import TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback
 
@@ -24,14 +25,15 @@ from uncausal.encoder.layers import decoder_layers
 from uncausal.encoder.training.checkpoints import (
     FINAL,
     RECORD,
-    checkpoints,
     describe,
+    last_checkpoint,
     open_run,
     save_final,
     step_of,
 )
 from uncausal.encoder.training.lora import attach_lora, load_trainable
 from uncausal.encoder.training.progress import Progress, StopOnSignal, TrainingInterrupted
+from uncausal.encoder.training.ranks import process_state, together, total
 from uncausal.encoder.training.stages.base import LossFactory, Stage
 from uncausal.encoder.training.trainer import Evaluate, StageTrainer
 
@@ -81,8 +83,7 @@ def train(
         encoder: `Encoder` or any SentenceTransformer whose first module holds a headless decoder.
         stage: `MNTP`, `SimCSE` or `Contrastive` with its hyperparameters.
         data: for MNTP and SimCSE texts or a source for `read_texts`; for Contrastive a source for
-            `read_pairs`, rows, columns, a `datasets.Dataset`, or a dict of columns or Datasets (each batch is
-            of one of them).
+            `read_pairs`, or a dict of several (each batch is of one of them).
         output_dir: receives checkpoints while training and `adapter/` at the end.
         resume: go on from the last checkpoint in `output_dir`, or merge the finished adapter found there.
             False starts afresh and removes both.
@@ -96,30 +97,36 @@ def train(
 
     Raises:
         ValueError: `output_dir` holds a run with other settings or of another model, or data are too few.
+        DataError: a row of the data is wrong; the message names file, row and field.
         OSError: `output_dir` cannot be written; the last whole checkpoint stays.
         TrainingInterrupted: Ctrl-C; a checkpoint was written and the same call goes on from it.
         FloatingPointError: the loss became infinite or NaN.
     """
-    run = Path(output_dir)
+    run, state = Path(output_dir), process_state(encoder.device)
     set_seed(stage.seed)
-    dataset = stage.prepare(encoder, data)
-    open_run(run, describe(encoder, stage, dataset), resume)
+    own = None if loss is None else loss(encoder)
+    dataset = stage.prepare(encoder, data, own)
+    module = own or stage.make_loss(encoder, dataset)
+    description = describe(encoder, stage, dataset, module)
+    open_run(run, description, resume)
     with _trainable(encoder, stage) as adapter:
         if (run / FINAL).exists():
             logger.info("%s: already trained, merging %s", stage.name, run / FINAL)
             load_trainable(encoder, adapter, run / FINAL)
             record = json.loads((run / FINAL / RECORD).read_text())
-            record.update(steps=0, tokens=0, seconds=0.0)
+            record = {"steps": 0, "tokens": 0, "seconds": 0.0, "history": record["history"]}
         else:
             with stage.conditions(encoder):
-                trainer = stage.make_trainer(encoder, dataset, run, loss)
+                trainer = stage.make_trainer(encoder, dataset, run, module)
                 trainer.adapter, trainer.trained = adapter, encoder
+                trainer.schedule_steps = stage.schedule_steps
+                set_seed(stage.seed + state.process_index)  # dropout of its own in every process
                 if eval is not None and stage.eval_steps:
                     trainer.add_callback(Evaluate(trainer, encoder, eval, stage.eval_steps))
                 for callback in callbacks:
                     trainer.add_callback(callback)
                 record = _run(trainer, stage, run, progress)
-            save_final(encoder, adapter, run, record)
+            save_final(encoder, adapter, run, record, description)
         lost = merge_lora(adapter) if adapter is not None else 0.0
     encoder.eval()
     metrics = {} if eval is None else {name: float(value) for name, value in eval(encoder).items()}
@@ -131,6 +138,7 @@ def _trainable(encoder: SentenceTransformer, stage: Stage) -> Iterator[PeftModel
     """Freeze all but what the stage trains; if the block fails, the encoder's weights are as before."""
     backbone: Any = encoder[0].auto_model  # type: ignore[union-attr]
     flags = [(parameter, parameter.requires_grad) for parameter in encoder.parameters()]
+    dtypes = [parameter.dtype for parameter, _ in flags]
     for parameter, _ in flags:
         parameter.requires_grad_(False)
     adapter = None
@@ -153,11 +161,17 @@ def _trainable(encoder: SentenceTransformer, stage: Stage) -> Iterator[PeftModel
             if id(parameter) not in inside:
                 parameter.requires_grad_(flag)
     before = [(p, p.detach().clone()) for p, _ in flags if p.requires_grad]
+    if not stage.lora_r:
+        # A step is smaller than the last place of most half precision weights, and would be rounded away.
+        for parameter, _ in flags:
+            parameter.data = parameter.data.float()
     try:
         yield adapter
+        _to_dtypes(flags, dtypes)
     except BaseException:
         if adapter is not None:
             unload_lora(adapter)
+        _to_dtypes(flags, dtypes)
         with torch.no_grad():
             for parameter, value in before:
                 parameter.copy_(value)
@@ -167,6 +181,11 @@ def _trainable(encoder: SentenceTransformer, stage: Stage) -> Iterator[PeftModel
             parameter.requires_grad_(flag).grad = None
 
 
+def _to_dtypes(flags: list[tuple[nn.Parameter, bool]], dtypes: list[torch.dtype]) -> None:
+    for (parameter, _), dtype in zip(flags, dtypes, strict=True):
+        parameter.data = parameter.data.to(dtype)
+
+
 def _run(trainer: StageTrainer, stage: Stage, run: Path, progress: bool) -> dict[str, Any]:
     """Train to the end, or write a checkpoint and raise TrainingInterrupted."""
     stop, bar = StopOnSignal(), Progress(stage.name)
@@ -174,7 +193,8 @@ def _run(trainer: StageTrainer, stage: Stage, run: Path, progress: bool) -> dict
     trainer.add_callback(stop)
     if progress:
         trainer.add_callback(bar)
-    last = next(reversed(checkpoints(run)), None)
+    with together():
+        last = last_checkpoint(run)
     started, tokens, first = time.perf_counter(), trainer.tokens, 0 if last is None else step_of(last)
     if last is not None and first >= stage.max_steps:  # stopped after the last checkpoint, before the adapter
         trainer._load_from_checkpoint(str(last))
@@ -195,7 +215,7 @@ def _run(trainer: StageTrainer, stage: Stage, run: Path, progress: bool) -> dict
         )
     return {
         "steps": step - first,
-        "tokens": trainer.tokens - tokens,
+        "tokens": int(total(trainer.tokens - tokens)),
         "seconds": time.perf_counter() - started,
         "history": trainer.state.log_history,
     }

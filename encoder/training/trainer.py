@@ -1,7 +1,7 @@
 """What `train` changes in Hugging Face's Trainer, for every stage.
 
-It saves only what is trained, swaps checkpoints in whole, counts real tokens and stops on a loss that is not
-finite.
+It saves only what is trained and finite, swaps checkpoints in whole, counts real tokens, and keeps the
+processes of a run in step.
 """
 
 import math
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import DatasetDict
 from peft import PeftModel
 from safetensors import SafetensorError
 from sentence_transformers import SentenceTransformerTrainer
@@ -24,6 +25,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from uncausal.encoder import attention as packed_attention
 from uncausal.encoder.training.checkpoints import checkpoints
 from uncausal.encoder.training.lora import load_trainable, save_trainable
+from uncausal.encoder.training.ranks import anywhere, together, total
+from uncausal.encoder.training.samplers import AllSteps
 
 KEPT_CHECKPOINTS = 2
 
@@ -33,15 +36,23 @@ class StageTrainer(Trainer):
 
     adapter: PeftModel | None = None
     trained: nn.Module  # the module whose trained tensors are saved
-    tokens = 0
+    schedule_steps: int | None = None
+    tokens = 0  # of this process
     _since: tuple[int, float] | None = None
     _staging: Path | None = None
+    _broken: Tensor | bool = False
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        return super().create_scheduler(self.schedule_steps or num_training_steps, optimizer)
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         if self._since is None:
             self._since = (self.tokens, time.perf_counter())
         self.tokens += count_tokens(inputs)
-        return super().compute_loss(model, inputs, *args, **kwargs)
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        value = loss[0] if isinstance(loss, tuple) else loss
+        self._broken = self._broken | ~value.detach().isfinite()  # a tensor: looked at when saving
+        return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
@@ -51,9 +62,18 @@ class StageTrainer(Trainer):
                 )
             if self._since is not None:
                 tokens, start = self._since
-                logs["tokens_per_second"] = (self.tokens - tokens) / (time.perf_counter() - start)
+                logs["tokens_per_second"] = total(self.tokens - tokens) / (time.perf_counter() - start)
                 self._since = None
         super().log(logs, *args, **kwargs)
+
+    def check_finite(self) -> None:
+        """Raise, in all processes, if the loss of a step so far or a trained weight is not finite."""
+        finite = all(bool(p.isfinite().all()) for p in self.trained.parameters() if p.requires_grad)
+        if anywhere(bool(self._broken) or not finite):
+            raise FloatingPointError(
+                f"the loss or a weight is not finite at step {self.state.global_step}, which is not saved: "
+                "lower the learning rate"
+            )
 
     def leave_out(self, seconds: float) -> None:
         """Take time that was no training out of the throughput."""
@@ -71,18 +91,19 @@ class StageTrainer(Trainer):
         return str(self._staging or self.args.output_dir)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        run = Path(str(self.args.output_dir))
+        self.check_finite()
+        run, name = Path(str(self.args.output_dir)), f"checkpoint-{self.state.global_step}"
         # One name for all processes of the run, each of which writes its random state there.
-        self._staging = run / f".saving-{self.state.global_step}"
+        staging = self._staging = run / f".saving-{self.state.global_step}"
         try:
-            super()._save_checkpoint(model, trial)
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                name = f"checkpoint-{self.state.global_step}"
-                shutil.rmtree(run / name, ignore_errors=True)
-                (self._staging / name).rename(run / name)
-                for old in checkpoints(run)[:-KEPT_CHECKPOINTS]:
-                    shutil.rmtree(old, ignore_errors=True)
+            with together():
+                super()._save_checkpoint(model, trial)
+            with together():  # one process moves what all have written, and the others wait for it
+                if self.args.should_save:
+                    shutil.rmtree(run / name, ignore_errors=True)
+                    (staging / name).rename(run / name)
+                    for old in checkpoints(run)[:-KEPT_CHECKPOINTS]:
+                        shutil.rmtree(old, ignore_errors=True)
         except (OSError, RuntimeError, SafetensorError) as error:
             kept = [str(path) for path in checkpoints(run)[-1:]] or ["there is none yet"]
             raise OSError(
@@ -90,7 +111,8 @@ class StageTrainer(Trainer):
                 f"on from the last whole checkpoint ({kept[0]})."
             ) from error
         finally:
-            shutil.rmtree(self._staging, ignore_errors=True)
+            if self.args.should_save:
+                shutil.rmtree(staging, ignore_errors=True)
             self._staging = None
 
 
@@ -156,4 +178,12 @@ class Evaluate(TrainerCallback):
 
 
 class PairTrainer(StageTrainer, SentenceTransformerTrainer):  # type: ignore[misc]
-    """sentence-transformers' trainer with this package's checkpoints."""
+    """sentence-transformers' trainer with this package's checkpoints and order of batches."""
+
+    def get_batch_sampler(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        sampler = super().get_batch_sampler(dataset, *args, **kwargs)
+        several = isinstance(self.train_dataset, DatasetDict)
+        return sampler if several else AllSteps(sampler, self.args.max_steps)
+
+    def get_multi_dataset_batch_sampler(self, *args: Any, **kwargs: Any) -> AllSteps:
+        return AllSteps(super().get_multi_dataset_batch_sampler(*args, **kwargs), self.args.max_steps)

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from datasets import DatasetDict
+from accelerate import PartialState
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
 from sentence_transformers.base.training_args import BatchSamplers
 from torch import nn
 
+from uncausal.encoder.data.rows import DataError
 from uncausal.encoder.loading import resolve_dtype
 from uncausal.encoder.training.lora import LORA_TARGETS
 from uncausal.encoder.training.losses import InfoNCELoss
@@ -31,13 +32,17 @@ class Stage:
 
     Args:
         max_steps: optimiser steps.
-        batch_size: per process.
+        schedule_steps: the learning rate's schedule is made for so many steps, and the run stops at `max_steps`
+            of it; by default both are one. LLM2Vec's spans three epochs of its data, of which a run sees a
+            thousand steps, so its rate hardly falls (recipes/llm2vec.toml).
+        batch_size: of a step, over all processes together.
         learning_rate: at its highest.
         warmup_steps: over which the learning rate rises to it.
         lr_scheduler_type: how it falls afterwards, by the Trainer's names.
         weight_decay: of AdamW.
         max_grad_norm: gradients are scaled down to this norm.
-        lora_r: rank of the adapter; 0 trains all weights.
+        lora_r: rank of the adapter; 0 trains all weights, those of half precision as float32 until the stage
+            ends.
         lora_alpha: the adapter's output is scaled by lora_alpha / lora_r.
         lora_dropout: on the adapter's input.
         lora_targets: names of the linear layers that get an adapter.
@@ -45,8 +50,9 @@ class Stage:
             stops below the lowest.
         bf16: matrix products in bfloat16; "auto" where the hardware has it. Weights keep their dtype.
         gradient_checkpointing: keep no activations but one per layer.
-        mini_batch_size: chunks or pairs in memory at once; the loss is that of the whole batch all the same,
-            by accumulation in MNTP and by GradCache (arXiv 2101.06983) in the others. All of them by default.
+        mini_batch_size: chunks or pairs in a process's memory at once; the loss is that of the whole batch
+            all the same, by accumulation in MNTP and by GradCache (arXiv 2101.06983) in the others. All of
+            them by default.
         seed: of the data's order, dropout and masks.
         logging_steps: between two lines of the log.
         save_steps: between two checkpoints.
@@ -54,6 +60,7 @@ class Stage:
     """
 
     max_steps: int = 1000
+    schedule_steps: int | None = None
     batch_size: int = 32
     learning_rate: float = 5e-5
     warmup_steps: int = 0
@@ -84,6 +91,8 @@ class Stage:
             self.mini_batch_size > 0 and self.batch_size % self.mini_batch_size == 0
         )
         self._require("mini_batch_size", divides, f"a divisor of the batch size, {self.batch_size}")
+        horizon = self.schedule_steps is None or self.schedule_steps >= self.max_steps
+        self._require("schedule_steps", horizon, f"at least max_steps, {self.max_steps}")
         known = self.lr_scheduler_type in SCHEDULES
         self._require("lr_scheduler_type", known, f"one of {', '.join(SCHEDULES)}")
 
@@ -97,12 +106,26 @@ class Stage:
 
     trains_pooling: ClassVar[bool] = True
 
-    def prepare(self, encoder: SentenceTransformer, data: Any) -> Any:
-        """Turn what the user gave into the dataset that the trainer takes; see the stage for its forms."""
+    def prepare(self, encoder: SentenceTransformer, data: Any, loss: nn.Module | None = None) -> Any:
+        """Turn what the user gave into the dataset that the trainer takes; see the stage for its forms.
+
+        `loss` is the caller's own, where it gave one.
+        """
         raise NotImplementedError
 
+    def check_size(self, what: str, rows: int) -> None:
+        """Refuse data that do not fill a batch."""
+        if rows < self.batch_size:
+            raise DataError(
+                f"{what} {rows} rows, fewer than a batch of {self.batch_size}: add data or lower batch_size"
+            )
+
+    def make_loss(self, encoder: SentenceTransformer, dataset: Any = None) -> nn.Module | None:
+        """Return the loss of a batch, or None where the trainer's model holds it."""
+        return None
+
     def make_trainer(
-        self, encoder: SentenceTransformer, dataset: Any, run: Path, loss: LossFactory | None
+        self, encoder: SentenceTransformer, dataset: Any, run: Path, loss: nn.Module | None
     ) -> StageTrainer:
         """Return the Trainer of this stage, its checkpoints going to the folder `run`."""
         raise NotImplementedError
@@ -127,13 +150,25 @@ class Stage:
             return resolve_dtype("auto", backbone.device.type) == torch.bfloat16
         return self.bf16
 
-    def trainer_options(self, backbone: Any, run: Path, rows: int, micro_batch: int) -> dict[str, Any]:
-        """The Trainer's arguments that all stages share; `rows` of data, `micro_batch` of them at a time."""
+    def trainer_options(self, backbone: Any, run: Path, micro_batch: int | None = None) -> dict[str, Any]:
+        """The Trainer's arguments that all stages share; a process takes `micro_batch` rows at a time.
+
+        Batches are drawn whole and split over the processes, so that any number of them sees the same ones.
+        """
+        processes = PartialState().num_processes
+        share = self.batch_size // processes
+        at_once = micro_batch or share
+        if share * processes != self.batch_size or share % at_once:
+            raise ValueError(
+                f"{type(self).__name__}.batch_size is {self.batch_size}; {processes} processes with "
+                f"mini-batches of {at_once} need a multiple of {processes * at_once}"
+            )
         return {
             "output_dir": str(run),
             "max_steps": self.max_steps,
-            "per_device_train_batch_size": micro_batch,
-            "gradient_accumulation_steps": self.batch_size // micro_batch,
+            "per_device_train_batch_size": at_once * processes,
+            "accelerator_config": {"split_batches": True, "even_batches": False},
+            "gradient_accumulation_steps": share // at_once,
             "learning_rate": self.learning_rate,
             "warmup_steps": self.warmup_steps,
             "lr_scheduler_type": self.lr_scheduler_type,
@@ -146,8 +181,9 @@ class Stage:
             "report_to": "none",
             "disable_tqdm": True,
             "use_cpu": backbone.device.type == "cpu",
+            "ddp_find_unused_parameters": False,
             "dataloader_pin_memory": backbone.device.type == "cuda",
-            "dataloader_drop_last": rows >= micro_batch,
+            "dataloader_drop_last": True,
         }
 
 
@@ -181,7 +217,7 @@ class PairStage(Stage):
         finally:
             encoder.max_seq_length = limit
 
-    def make_loss(self, encoder: SentenceTransformer) -> nn.Module:
+    def make_loss(self, encoder: SentenceTransformer, dataset: Any = None) -> nn.Module:
         """Return the loss of a batch's columns."""
         return InfoNCELoss(
             encoder,
@@ -191,28 +227,16 @@ class PairStage(Stage):
         )
 
     def make_trainer(
-        self,
-        encoder: SentenceTransformer,
-        dataset: Any,
-        run: Path,
-        loss: LossFactory | None,
-        **arguments: Any,
+        self, encoder: SentenceTransformer, dataset: Any, run: Path, loss: nn.Module | None, **arguments: Any
     ) -> StageTrainer:
         """As `Stage.make_trainer`; `arguments` are the Trainer's own."""
         backbone: Any = encoder[0].auto_model  # type: ignore[union-attr]
-        rows = min(map(len, dataset.values())) if isinstance(dataset, DatasetDict) else len(dataset)
         options: dict[str, Any] = {
             "batch_sampler": LengthGrouped if self.group_by_length else BatchSamplers.BATCH_SAMPLER,
-            **self.trainer_options(backbone, run, rows, self.batch_size),
+            **self.trainer_options(backbone, run),
             **arguments,
         }
         collator = options.pop("data_collator", None)
         args = SentenceTransformerTrainingArguments(**options)
         args._n_gpu = min(args.n_gpu, 1)
-        return PairTrainer(
-            model=encoder,
-            args=args,
-            train_dataset=dataset,
-            loss=(loss or self.make_loss)(encoder),
-            data_collator=collator,
-        )
+        return PairTrainer(model=encoder, args=args, train_dataset=dataset, loss=loss, data_collator=collator)

@@ -1,78 +1,167 @@
-"""Supervised contrastive learning on pairs, or triplets with a hard negative, and in-batch negatives."""
+"""Supervised contrastive learning on pairs, or triplets with hard negatives, and in-batch negatives."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, concatenate_datasets
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.training_args import BatchSamplers
+from torch import nn
 
-from uncausal.encoder.data.pairs import read_pairs
-from uncausal.encoder.training.stages.base import LossFactory, PairStage
+from uncausal.encoder.data.pairs import LABEL, read_pairs, text_columns
+from uncausal.encoder.data.rows import DataError
+from uncausal.encoder.training.losses import InfoNCELoss
+from uncausal.encoder.training.samplers import Blended, WeightedSets
+from uncausal.encoder.training.stages.base import PairStage
 from uncausal.encoder.training.trainer import StageTrainer
 
 
 @dataclass(kw_only=True)
 class Contrastive(PairStage):
-    """Supervised contrastive learning on pairs, or triplets with a hard negative, and in-batch negatives.
+    """Supervised contrastive learning on pairs, or triplets with hard negatives, and in-batch negatives.
 
     Args:
+        columns: fields that hold the texts, anchor first; by default those of the usual names.
+        negatives: take the first so many negatives of every row.
+        min_score: take the rows whose score is at least this.
+        weights: set name -> how many times its rows come per pass over all sets; 1 where not named.
+        blend: batches of all sets together. False draws each batch from one set, so that what tells sets
+            apart never tells a positive from the negatives.
         no_duplicates: no text occurs twice in a batch, where it would be its own negative.
         prompts: column name -> text put before each of its texts; attended, not pooled.
+        instruction_template: makes the anchors' prompt of a set whose rows have an `instruction`.
     """
 
     batch_size: int = 512
     learning_rate: float = 2e-4
     warmup_steps: int = 300
     temperature: float = 0.02
+    columns: Sequence[str] | None = None
+    negatives: int | None = None
+    min_score: float | None = None
+    weights: Mapping[str, float] = field(default_factory=dict)
+    blend: bool = False
     no_duplicates: bool = False
     prompts: Mapping[str, str] = field(default_factory=dict)
+    instruction_template: str = "Instruct: {instruction}\nQuery: "
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        both = self.no_duplicates and self.group_by_length
-        self._require("no_duplicates", not both, "off with group_by_length")
+        both = self.no_duplicates and (self.group_by_length or self.blend)
+        self._require("no_duplicates", not both, "off with group_by_length or blend")
+        self._require("blend", not (self.blend and self.group_by_length), "off with group_by_length")
+        self._require("weights", all(w > 0 for w in self.weights.values()), "above 0 for every set")
+        place = "{instruction}"
+        self._require("instruction_template", place in self.instruction_template, f"with a place for {place}")
 
     @classmethod
     def l3prune(cls, **changes: Any) -> "Contrastive":
         """The setting of L3Prune (arXiv 2410.14578), which differs in the batch."""
         return cls(**{"batch_size": 64, **changes})
 
-    def prepare(self, encoder: SentenceTransformer, data: Any) -> Dataset | DatasetDict:
-        """Columns of texts: a source for `read_pairs`, rows, columns, a Dataset, or a dict of several."""
-        return _pairs(read_pairs(data) if isinstance(data, str | Path) else data)
+    def prepare(
+        self, encoder: SentenceTransformer, data: Any, loss: nn.Module | None = None
+    ) -> Dataset | DatasetDict:
+        """The Dataset of a source for `read_pairs`, or a DatasetDict of several sets, checked.
+
+        Raises:
+            DataError: a row that is no pair, rows for less than a batch, a weight or prompt of nothing there.
+        """
+        dataset = read_pairs(
+            data,
+            columns=self.columns,
+            negatives=self.negatives,
+            min_score=self.min_score,
+            # InfoNCE takes every pair for a positive, whatever its score.
+            scored=loss is not None and not any(isinstance(part, InfoNCELoss) for part in loss.modules()),
+            seed=self.seed,
+        )
+        sets = dict(dataset) if isinstance(dataset, DatasetDict) else {}
+        for name in self.weights:
+            if name not in sets:
+                raise DataError(f"weights name the set {name!r}; there is {', '.join(sets) or 'no name'}")
+        columns = {name for part in sets.values() or [dataset] for name in part.column_names}
+        for name in self.prompts:
+            if name not in columns:
+                raise DataError(f"prompts name the column {name!r}; there is {', '.join(sorted(columns))}")
+        if self.blend:
+            self.check_size("the sets together hold", sum(map(len, sets.values())) or len(dataset))
+            _check_alike(sets)
+        else:
+            for name, part in sets.items() or [("the data", dataset)]:
+                self.check_size(f"the set {name!r} holds" if sets else "the data hold", len(part))
+        return DatasetDict(_ids_apart(sets)) if sets else dataset
+
+    def make_loss(self, encoder: SentenceTransformer, dataset: Any = None) -> nn.Module:
+        """InfoNCE over the batch; rows of equal id or label are no negatives of each other."""
+        part = next(iter(dataset.values())) if isinstance(dataset, DatasetDict) else dataset
+        return InfoNCELoss(
+            encoder,
+            temperature=self.temperature,
+            mini_batch_size=self.mini_batch_size,
+            gather_across_devices=True,
+            labels_as_ids=part is not None and LABEL in part.column_names,
+        )
 
     def make_trainer(
-        self,
-        encoder: SentenceTransformer,
-        dataset: Any,
-        run: Path,
-        loss: LossFactory | None,
-        **arguments: Any,
+        self, encoder: SentenceTransformer, dataset: Any, run: Path, loss: Any, **arguments: Any
     ) -> StageTrainer:
         if self.no_duplicates:
             arguments["batch_sampler"] = BatchSamplers.NO_DUPLICATES
-        return super().make_trainer(encoder, dataset, run, loss, prompts=dict(self.prompts), **arguments)
+        prompts: dict[str, Any] = {}
+        if isinstance(dataset, DatasetDict):
+            weights = [self.weights.get(name, 1.0) for name in dataset]
+            prompts = {name: self._prompts(part) for name, part in dataset.items()}
+            sizes = [len(part) for part in dataset.values()]
+            dataset = DatasetDict({name: _without_instruction(part) for name, part in dataset.items()})
+            if self.blend:
+                dataset, prompts = concatenate_datasets(list(dataset.values())), next(iter(prompts.values()))
+                arguments["batch_sampler"] = partial(Blended, sizes=sizes, weights=weights)
+            elif self.weights:
+                arguments["multi_dataset_batch_sampler"] = partial(WeightedSets, weights=weights)
+        else:
+            prompts, dataset = self._prompts(dataset), _without_instruction(dataset)
+        return super().make_trainer(encoder, dataset, run, loss, prompts=prompts, **arguments)
+
+    def _prompts(self, part: Dataset) -> dict[str, str]:
+        """Column name -> prompt of one set."""
+        if "instruction" not in part.column_names:
+            return dict(self.prompts)
+        anchor = self.instruction_template.replace("{instruction}", part[0]["instruction"])
+        return {"anchor": anchor, **self.prompts}
 
 
-def _pairs(data: Any) -> Dataset | DatasetDict:
-    if isinstance(data, Dataset | DatasetDict):
-        dataset = data
-    elif isinstance(data, Mapping) and data and all(isinstance(v, Mapping | Dataset) for v in data.values()):
-        dataset = DatasetDict({name: _pairs(value) for name, value in data.items()})
-    elif isinstance(data, Mapping):
-        dataset = Dataset.from_dict({name: list(texts) for name, texts in data.items()})
-    else:
-        rows = [tuple(row) for row in data]
-        names = ("anchor", "positive", "negative")
-        columns = zip(*rows, strict=True) if rows else ()
-        dataset = Dataset.from_dict({n: list(c) for n, c in zip(names, columns, strict=False)})
-    for part in dataset.values() if isinstance(dataset, DatasetDict) else [dataset]:
-        if len(part) < 2 or len(part.column_names) < 2:
-            raise ValueError(
-                f"contrastive training needs at least 2 rows of (anchor, positive); found {len(part)} rows "
-                f"with the columns {part.column_names}"
+def _without_instruction(part: Dataset) -> Dataset:
+    return part.remove_columns([name for name in part.column_names if name == "instruction"])
+
+
+def _ids_apart(sets: dict[str, Dataset]) -> dict[str, Dataset]:
+    """Give ids of different sets different numbers, and a number of its own to every row that has none."""
+    if not any(LABEL in part.column_names for part in sets.values()):
+        return sets
+    start, apart = 0, {}
+    for name, part in sets.items():
+        ids = part[LABEL] if LABEL in part.column_names else range(len(part))
+        numbers = [start + number for number in ids]
+        start = max(numbers) + 1
+        rest = part.remove_columns([column for column in part.column_names if column == LABEL])
+        apart[name] = rest.add_column(LABEL, numbers)  # pyright: ignore[reportCallIssue]
+    return apart
+
+
+def _check_alike(sets: dict[str, Dataset]) -> None:
+    """Refuse to blend sets of which one batch could not be made."""
+    first = next(iter(sets), "")
+    for name, part in sets.items():
+        wanted, there = (set(text_columns(p)) for p in (sets[first], part))
+        if wanted != there:
+            odd = sorted(wanted ^ there)[0]
+            raise DataError(f"blend: the sets {first!r} and {name!r} differ in the column {odd!r}")
+        if part[0].get("instruction") != sets[first][0].get("instruction"):
+            raise DataError(
+                f"blend: the sets {first!r} and {name!r} differ in their instruction, and a batch has one "
+                "prompt a column: leave blend off"
             )
-    return dataset

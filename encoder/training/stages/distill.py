@@ -49,7 +49,7 @@ class Distill(PairStage):
         known = self.teacher is not None or self.vectors is not None
         self._require("teacher", known, "a model's name or folder, or vectors=FILE.npy must be given")
 
-    def prepare(self, encoder: SentenceTransformer, data: Any) -> Dataset:
+    def prepare(self, encoder: SentenceTransformer, data: Any, loss: nn.Module | None = None) -> Dataset:
         """Texts, or a source for `read_texts`, beside the teacher's unit vectors; may append the map."""
         texts = list(read_texts(data) if isinstance(data, str | Path) else data)
         if not texts:
@@ -91,7 +91,7 @@ class Distill(PairStage):
             raise ValueError(f"the teacher's vector of text {bad} is zero or not finite: {texts[bad][:60]!r}")
         return vectors.astype(np.float32) / norms
 
-    def make_loss(self, encoder: SentenceTransformer) -> nn.Module:
+    def make_loss(self, encoder: SentenceTransformer, dataset: Any = None) -> nn.Module:
         return UnitDistance(encoder)
 
 

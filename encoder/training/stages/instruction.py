@@ -30,8 +30,8 @@ class Instruction(Contrastive):
     weight_decay: float = 0.03
     lora_dropout: float = 0.1
 
-    def prepare(self, encoder: SentenceTransformer, data: Any) -> Any:
-        dataset = super().prepare(encoder, data)
+    def prepare(self, encoder: SentenceTransformer, data: Any, loss: nn.Module | None = None) -> Any:
+        dataset = super().prepare(encoder, data, loss)
         for name, part in dataset.items() if isinstance(dataset, DatasetDict) else [("data", dataset)]:
             if not any(column.startswith("negative") for column in part.column_names):
                 raise ValueError(
@@ -40,7 +40,7 @@ class Instruction(Contrastive):
                 )
         return dataset
 
-    def make_loss(self, encoder: SentenceTransformer) -> nn.Module:
+    def make_loss(self, encoder: SentenceTransformer, dataset: Any = None) -> nn.Module:
         return InfoNCELoss(
             encoder,
             temperature=self.temperature,

@@ -4,18 +4,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
+import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
-from torch.utils.data import Dataset
-from transformers import TrainingArguments
+from torch.utils.data import Dataset, SequentialSampler
+from transformers import TrainingArguments, default_data_collator
 
 from uncausal.encoder import attention as packed_attention
 from uncausal.encoder.data.texts import chunk_texts, read_texts
 from uncausal.encoder.training.lm_head import find_head
 from uncausal.encoder.training.losses import masked_next_token_loss
 from uncausal.encoder.training.masking import mask_tokens
-from uncausal.encoder.training.stages.base import LossFactory, Stage
+from uncausal.encoder.training.stages.base import Stage
 from uncausal.encoder.training.trainer import StageTrainer
 
 
@@ -58,27 +59,30 @@ class MNTP(Stage):
 
     trains_pooling: ClassVar[bool] = False
 
-    def prepare(self, encoder: SentenceTransformer, data: Any) -> Tensor:
-        """Chunks (n, chunk_tokens) int32, of texts or of a source for `read_texts`."""
-        texts = read_texts(data) if isinstance(data, str | Path) else data
+    def prepare(self, encoder: SentenceTransformer, data: Any, loss: nn.Module | None = None) -> Tensor:
+        """Chunks (n, chunk_tokens) int32 of shuffled texts, or of those of a source for `read_texts`."""
+        texts = list(read_texts(data) if isinstance(data, str | Path) else data)
         limit = self.max_steps * self.batch_size
-        return chunk_texts(texts, encoder.tokenizer, self.chunk_tokens, limit=limit, seed=self.seed)
+        chunks = chunk_texts(texts, encoder.tokenizer, self.chunk_tokens, limit=limit, seed=self.seed)
+        self.check_size(f"the text holds, cut in chunks of {self.chunk_tokens} tokens,", len(chunks))
+        return chunks
 
     def make_trainer(
-        self, encoder: SentenceTransformer, dataset: Any, run: Path, loss: LossFactory | None
+        self, encoder: SentenceTransformer, dataset: Any, run: Path, loss: nn.Module | None
     ) -> StageTrainer:
         backbone: Any = encoder[0].auto_model  # type: ignore[union-attr]
-        options = self.trainer_options(backbone, run, len(dataset), self.mini_batch_size or self.batch_size)
+        options = self.trainer_options(backbone, run, self.mini_batch_size)
         args = TrainingArguments(**options, remove_unused_columns=False)
         args._n_gpu = min(args.n_gpu, 1)
         spec = getattr(encoder, "spec", None)
         weight, bias = find_head(backbone, self.head, spec.hub if spec else None)
         if self.in_bf16(backbone):  # once, and not at every step by autocast: the head is frozen
             weight, bias = weight.bfloat16(), None if bias is None else bias.bfloat16()
-        collate, chunks = cast(Any, stack_chunks), Chunks(cast(Tensor, dataset))
-        trainer = MaskedTrainer(MaskedNextToken(backbone, weight, bias), args, collate, chunks)
-        trainer.mask = self.mask_settings(encoder.tokenizer, backbone)
-        return trainer
+        mask = self.mask_settings(encoder.tokenizer, backbone)
+        masked = MaskedChunks(dataset, self.max_steps * self.batch_size, self.seed, mask)
+        return MaskedTrainer(
+            MaskedNextToken(backbone, weight, bias), args, default_data_collator, cast(Any, masked)
+        )
 
     def mask_settings(self, tokenizer: Any, backbone: Any) -> dict[str, Any]:
         """The arguments of `mask_tokens` but for the tokens themselves."""
@@ -95,9 +99,7 @@ class MNTP(Stage):
             "random_share": self.random_share,
             "mask_id": mask_id,
             "vocab_size": vocab_size,
-            "special_ids": torch.tensor(
-                sorted(set(tokenizer.all_special_ids) - {mask_id}), device=backbone.device
-            ),
+            "special_ids": torch.tensor(sorted(set(tokenizer.all_special_ids) - {mask_id})),
         }
 
 
@@ -111,6 +113,8 @@ class MaskedNextToken(nn.Module):
         bias: (V,) or None.
     """
 
+    accepts_loss_kwargs = True  # the Trainer then counts `num_items_in_batch`
+
     def __init__(self, backbone: Any, head: Tensor, bias: Tensor | None = None):
         super().__init__()
         self.backbone = backbone
@@ -119,8 +123,14 @@ class MaskedNextToken(nn.Module):
         self.logit_scale = getattr(config, "logit_scale", None) or 1 / getattr(config, "logits_scaling", 1)
         self.softcap = getattr(config, "final_logit_softcapping", None)
 
-    def forward(self, input_ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Return {"loss": mean} of masked input_ids (B, L); labels (B, L) hold the true ids, or -100."""
+    def forward(
+        self, input_ids: Tensor, labels: Tensor, num_items_in_batch: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Return {"loss": mean} of masked input_ids (B, L); labels (B, L) hold the true ids, or -100.
+
+        The Trainer counts the masked tokens of the whole batch, over its micro-batches and processes, in
+        `num_items_in_batch`; the sum of the losses is then divided by that.
+        """
         rows, length = input_ids.shape
         kwargs: dict[str, Any] = {"input_ids": input_ids}
         if self.backbone.config._attn_implementation == packed_attention.NAME:
@@ -143,38 +153,42 @@ class MaskedNextToken(nn.Module):
             lm_head_bias=bias,
             logit_scale=self.logit_scale,
             softcap=self.softcap,
+            num_items=num_items_in_batch,
         )
         return {"loss": loss}
 
 
 class MaskedTrainer(StageTrainer):
-    """Trains a `MaskedNextToken`; the mask is drawn in the step, when a resumed run has its random state."""
+    """Trains a `MaskedNextToken` on `MaskedChunks`, in their order."""
 
-    mask: dict[str, Any]
-
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
-        masked, labels = mask_tokens(inputs["input_ids"], **self.mask)
-        return super().compute_loss(
-            model, {"input_ids": masked, "labels": labels}, return_outputs=return_outputs, **kwargs
-        )
+    def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
+        return SequentialSampler(train_dataset or self.train_dataset)
 
 
-class Chunks(Dataset):
-    """Rows of a (n, L) tensor, a batch of which is fetched at once."""
+class MaskedChunks(Dataset):
+    """All rows of a run, in order, masked: row i is the same in any process, micro-batch or resumed run.
 
-    def __init__(self, chunks: Tensor):
-        self.chunks = chunks
+    Args:
+        chunks: (n, L) token ids; taken pass after pass, each shuffled.
+        rows: of the run.
+        seed: of order and masks.
+        mask: the arguments of `mask_tokens` but for tokens and generator.
+    """
+
+    def __init__(self, chunks: Tensor, rows: int, seed: int, mask: dict[str, Any]):
+        self.chunks, self.rows, self.seed, self.mask = chunks, rows, seed, mask
+        self._order: tuple[int, Any] = (-1, None)
 
     def __len__(self) -> int:
-        return len(self.chunks)
+        return self.rows
 
-    def __getitem__(self, index: int) -> Tensor:
-        return self.chunks[index]
-
-    def __getitems__(self, indices: list[int]) -> Tensor:
-        return self.chunks[indices]
-
-
-def stack_chunks(rows: Tensor) -> dict[str, Tensor]:
-    """The collator of `Chunks`."""
-    return {"input_ids": rows.long()}
+    def __getitem__(self, row: int) -> dict[str, Tensor]:
+        number, place = divmod(row, len(self.chunks))
+        if self._order[0] != number:
+            self._order = number, np.random.default_rng((self.seed, number)).permutation(len(self.chunks))
+        chunk = self.chunks[int(self._order[1][place])].long()
+        # numpy mixes the two numbers; torch's generator takes the lowest 32 bits of one.
+        (state,) = np.random.SeedSequence((self.seed, row)).generate_state(1).tolist()
+        generator = torch.Generator().manual_seed(state)
+        masked, labels = mask_tokens(chunk[None], **self.mask, generator=generator)
+        return {"input_ids": masked[0], "labels": labels[0]}

@@ -13,7 +13,7 @@ from sentence_transformers.sentence_transformer.data_collator import SentenceTra
 from torch import nn
 
 from uncausal.encoder.data.texts import read_texts
-from uncausal.encoder.training.stages.base import LossFactory, PairStage
+from uncausal.encoder.training.stages.base import PairStage
 from uncausal.encoder.training.trainer import StageTrainer
 
 
@@ -32,14 +32,14 @@ class SimCSE(PairStage):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._require("batch_size", self.batch_size >= 2, "at least 2, for sentences to tell apart")
         self._require("attention_dropout", 0 <= self.attention_dropout < 1, "in [0, 1)")
 
-    def prepare(self, encoder: SentenceTransformer, data: Any) -> Dataset:
+    def prepare(self, encoder: SentenceTransformer, data: Any, loss: nn.Module | None = None) -> Dataset:
         """One column of sentences, of texts or of a source for `read_texts`."""
         texts = read_texts(data) if isinstance(data, str | Path) else data
         kept = [text for text in texts if text.strip()]
-        if len(kept) < 2:
-            raise ValueError(f"SimCSE needs at least 2 sentences to tell apart; found {len(kept)}")
+        self.check_size("the data hold", len(kept))
         return Dataset.from_dict({"text": kept})
 
     @contextmanager
@@ -50,12 +50,7 @@ class SimCSE(PairStage):
             yield
 
     def make_trainer(
-        self,
-        encoder: SentenceTransformer,
-        dataset: Any,
-        run: Path,
-        loss: LossFactory | None,
-        **arguments: Any,
+        self, encoder: SentenceTransformer, dataset: Any, run: Path, loss: nn.Module | None, **arguments: Any
     ) -> StageTrainer:
         collator = TwinCollator(encoder.preprocess)
         return super().make_trainer(encoder, dataset, run, loss, data_collator=collator, **arguments)

@@ -1,0 +1,84 @@
+"""Low-rank adapters: attached, refused, merged."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tiny import load
+from transformers import AutoModelForCausalLM
+
+from uncausal.encoder import adapters
+from uncausal.encoder.training.lora import attach_lora
+
+
+def test_lora_only_upper_layers_stops_the_backward_pass(checkpoint):
+    encoder = load(checkpoint)
+    view = attach_lora(encoder.backbone, r=4, alpha=8, dropout=0.0, trainable_layers=[1])
+    trained = {name.split(".layers.")[1][0] for name, p in view.named_parameters() if p.requires_grad}
+    assert trained == {"1"}
+    seen = {}
+    for index, layer in enumerate(encoder.backbone.layers):
+        layer.register_forward_hook(lambda m, a, out, i=index: seen.update({i: out.requires_grad}))
+    encoder.backbone(torch.arange(3, 9)[None]).last_hidden_state.sum().backward()
+    assert seen == {0: False, 1: True}
+    assert not encoder.backbone.get_input_embeddings().weight.requires_grad
+
+
+def test_attach_lora_refuses_what_the_model_does_not_have(checkpoint):
+    backbone = load(checkpoint).backbone
+    with pytest.raises(ValueError, match=r"no linear layer \['qkv'\]"):
+        attach_lora(backbone, r=4, alpha=8, dropout=0.0, target_modules=["q_proj", "qkv"])
+    with pytest.raises(ValueError, match=r"layers \[2\] do not exist: the model has the layers 0 to 1"):
+        attach_lora(backbone, r=4, alpha=8, dropout=0.0, trainable_layers=[1, 2])
+
+
+def test_attach_lora_finds_the_linear_layers_of_another_family():
+    from transformers import GPT2Config, GPT2Model
+
+    model = GPT2Model(GPT2Config(n_embd=32, n_layer=3, n_head=4, vocab_size=50))
+    view = attach_lora(model, r=2, alpha=4, dropout=0.0, trainable_layers=[1])
+    trained = {
+        name.split("h.1.")[1].split(".lora")[0] for name, p in view.named_parameters() if p.requires_grad
+    }
+    assert trained == {"attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"}
+
+
+def test_adapter_of_a_model_with_a_head_is_refused(checkpoint, tmp_path):
+    """Such an adapter has another prefix; peft would load none of it and only warn."""
+    causal = AutoModelForCausalLM.from_pretrained(checkpoint)
+    get_peft_model(causal, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path)
+    encoder = load(checkpoint)
+    with pytest.raises(
+        ValueError, match=r"start with 'base_model\.model\.model\.', those of a headless LlamaModel"
+    ):
+        adapters.load_adapter(encoder.backbone, tmp_path)
+    assert not any("lora" in name for name, _ in encoder.named_parameters())
+
+
+def test_adapter_damaged_missing_or_of_another_model(checkpoint, tmp_path):
+    backbone = load(checkpoint).backbone
+    with pytest.raises(FileNotFoundError, match=r"no adapter_model\.safetensors"):
+        adapters.load_adapter(backbone, tmp_path)
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"not tensors at all")
+    with pytest.raises(ValueError, match="not readable as safetensors"):
+        adapters.load_adapter(backbone, tmp_path)
+    from transformers import GPT2Config, GPT2Model
+
+    other = GPT2Model(GPT2Config(n_embd=32, n_layer=1, n_head=4, vocab_size=50))
+    get_peft_model(other, LoraConfig(r=2, target_modules=["c_attn"])).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="fits no module of LlamaModel"):
+        adapters.load_adapter(backbone, tmp_path)
+
+
+def test_merge_reports_what_bfloat16_rounds_away(checkpoint, caplog):
+    """An update below half a unit in the last place of a bfloat16 weight vanishes in the merge."""
+    shares = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        backbone = load(checkpoint).backbone.to(dtype)
+        view = attach_lora(backbone, r=4, alpha=8, dropout=0.0)
+        torch.manual_seed(0)
+        for name, parameter in view.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=1e-4)
+        shares[dtype] = adapters.merge_lora(view)
+    assert shares[torch.float32] < 1e-3 and shares[torch.bfloat16] > 0.5
+    assert "bfloat16 weights rounded away" in caplog.text

@@ -1,0 +1,223 @@
+"""Training stages on a tiny random model: what they learn, what they leave, how they stop and go on."""
+
+import signal
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from sentence_transformers import SentenceTransformer
+from tiny import FAST, PAIRS, TEXTS, Signal, load, losses
+
+from uncausal.encoder import adapters
+from uncausal.encoder.training.progress import TrainingInterrupted
+from uncausal.encoder.training.run import train
+from uncausal.encoder.training.stages.contrastive import Contrastive
+from uncausal.encoder.training.stages.mntp import MNTP
+from uncausal.encoder.training.stages.simcse import SimCSE
+from uncausal.encoder.training.trainer import count_tokens
+
+
+@pytest.mark.parametrize(
+    ("stage", "data", "attention"),
+    [
+        (MNTP(max_steps=20, batch_size=16, chunk_tokens=16, **FAST), TEXTS, "uncausal"),
+        (SimCSE(max_steps=20, batch_size=16, **FAST), TEXTS, "sdpa"),
+        (Contrastive(max_steps=20, batch_size=16, temperature=0.05, **FAST), PAIRS, "uncausal"),
+    ],
+    ids=["mntp", "simcse", "contrastive"],
+)
+def test_train_learns(checkpoint, tmp_path, stage, data, attention):
+    encoder = load(checkpoint, attention)
+    embeddings = encoder.backbone.get_input_embeddings().weight.clone()
+    result = train(encoder, stage, data, tmp_path / "run", progress=False)
+    curve = losses(result)
+    assert len(curve) == 20 and result.steps == 20
+    assert sum(curve[-5:]) < 0.9 * sum(curve[:5])
+    assert all(line["tokens_per_second"] > 0 for line in result.history if "loss" in line)
+    assert not encoder.training and not any("lora" in name for name, _ in encoder.named_parameters())
+    assert torch.equal(embeddings, encoder.backbone.get_input_embeddings().weight)
+    assert all(parameter.requires_grad for parameter in encoder.parameters())
+
+
+def test_train_counts_real_tokens(checkpoint, tmp_path):
+    """Padding is not throughput: padded and packed runs over the same texts count the same tokens."""
+    stage = SimCSE(max_steps=3, batch_size=8, **FAST)
+    counts = {a: train(load(checkpoint, a), stage, TEXTS, tmp_path / a).tokens for a in ("sdpa", "uncausal")}
+    assert counts["sdpa"] == counts["uncausal"] > 2 * 3 * 8 * 4
+    ids, mask = torch.ones(2, 5), torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+    assert count_tokens({"a_input_ids": ids, "a_attention_mask": mask, "b_input_ids": ids}) == 18
+
+
+def test_adapter_hand_over_between_stages(checkpoint, tmp_path):
+    """Stage two starts from what stage one learned; both adapters on the original give the same encoder."""
+    encoder = load(checkpoint)
+    before = encoder.encode(TEXTS[:5])
+    stages = [
+        MNTP(max_steps=5, batch_size=8, chunk_tokens=16, **FAST),
+        SimCSE(max_steps=5, batch_size=8, **FAST),
+    ]
+    after, folders = [], []
+    for stage in stages:
+        folders.append(train(encoder, stage, TEXTS, tmp_path / stage.name, progress=False).adapter)
+        after.append(encoder.encode(TEXTS[:5]))
+    assert abs(before - after[0]).max() > 1e-3 < abs(after[0] - after[1]).max()
+    fresh = load(checkpoint)
+    for folder, expected in zip(folders, after, strict=True):
+        adapters.load_adapter(fresh.backbone, folder)
+        torch.testing.assert_close(torch.tensor(fresh.encode(TEXTS[:5])), torch.tensor(expected))
+    encoder.save_pretrained(str(tmp_path / "encoder"))
+    plain = SentenceTransformer(str(tmp_path / "encoder"), device="cpu")
+    torch.testing.assert_close(
+        torch.tensor(plain.encode(TEXTS[:5])), torch.tensor(after[1]), atol=1e-5, rtol=1e-4
+    )
+
+
+@pytest.mark.parametrize(
+    ("stage", "data", "attention"),
+    [
+        (MNTP(max_steps=5, batch_size=4, chunk_tokens=16, **FAST), TEXTS[:60], "uncausal"),
+        (SimCSE(max_steps=5, batch_size=8, **FAST), TEXTS[:16], "uncausal"),
+        (Contrastive(max_steps=5, batch_size=8, group_by_length=True, **FAST), PAIRS[:16], "sdpa"),
+        (
+            Contrastive(max_steps=5, batch_size=8, weights={"b": 2}, **FAST),
+            {"a": PAIRS[:16], "b": PAIRS[16:24]},
+            "uncausal",
+        ),
+        (
+            Contrastive(max_steps=5, batch_size=8, blend=True, weights={"b": 2}, **FAST),
+            {"a": PAIRS[:6], "b": PAIRS[16:20]},
+            "uncausal",
+        ),
+    ],
+    ids=["mntp", "simcse", "by_length", "weighted", "blended"],
+)
+def test_interrupted_run_goes_on_as_if_nothing_had_happened(
+    checkpoint, tmp_path, capsys, stage, data, attention
+):
+    """Same losses as an uninterrupted run with the same seed, over an epoch's end, with every dropout on."""
+    whole = train(load(checkpoint, attention), stage, data, tmp_path / "whole", progress=False)
+    encoder = load(checkpoint, attention)
+    weights = {name: value.clone() for name, value in encoder.state_dict().items()}
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(TrainingInterrupted, match="stopped at step 3 of 5: the same call or command resumes"):
+        train(encoder, stage, data, tmp_path / "cut", callbacks=[Signal(3)], progress=False)
+    assert "stopped at step 3 of 5" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert encoder.state_dict().keys() == weights.keys()
+    assert all(torch.equal(value, weights[name]) for name, value in encoder.state_dict().items())
+    adapters.load_adapter(load(checkpoint).backbone, tmp_path / "cut" / "checkpoint-3")
+
+    resumed = train(encoder, stage, data, tmp_path / "cut", progress=False)
+    assert resumed.steps == 2
+    assert losses(resumed) == losses(whole)
+    final = [load_file(tmp_path / run / "adapter" / adapters.ADAPTER_FILE) for run in ("whole", "cut")]
+    assert all(torch.equal(final[0][name], final[1][name]) for name in final[0])
+
+    merged = load(checkpoint, attention)
+    found = train(merged, stage, data, tmp_path / "cut", progress=False)
+    assert found.steps == 0 and losses(found) == losses(whole)
+    torch.testing.assert_close(merged.encode(TEXTS[:3]), encoder.encode(TEXTS[:3]), rtol=0, atol=0)
+
+
+def test_train_seed_matters(checkpoint, tmp_path):
+    stage = {"max_steps": 2, "batch_size": 8, **FAST}
+    curves = [
+        losses(train(load(checkpoint), SimCSE(seed=s, **stage), TEXTS, tmp_path / str(s))) for s in (1, 2)
+    ]
+    assert curves[0] != curves[1]
+
+
+def test_failed_run_leaves_the_encoder_as_it_was(checkpoint, tmp_path):
+    """Also without adapters, where training changes the weights themselves."""
+    encoder = load(checkpoint)
+    before = encoder.encode(TEXTS[:3])
+    limit = encoder.max_seq_length
+    stage = SimCSE(max_steps=5, batch_size=8, max_length=9, **{**FAST, "lora_r": 0})
+    with pytest.raises(TrainingInterrupted):
+        train(encoder, stage, TEXTS, tmp_path, callbacks=[Signal(2)], progress=False)
+    assert (encoder.encode(TEXTS[:3]) == before).all() and encoder.max_seq_length == limit
+
+
+def test_train_whole_layers_without_lora(checkpoint, tmp_path):
+    encoder = load(checkpoint)
+    before = {name: value.clone() for name, value in encoder.state_dict().items()}
+    stage = SimCSE(max_steps=3, batch_size=8, trainable_layers=[1], **{**FAST, "lora_r": 0})
+    result = train(encoder, stage, TEXTS, tmp_path, progress=False)
+    changed = {name for name, value in encoder.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed and all(".layers.1." in name for name in changed)
+    again = load(checkpoint)
+    train(again, stage, TEXTS, tmp_path, progress=False)
+    assert all(torch.equal(value, encoder.state_dict()[name]) for name, value in again.state_dict().items())
+    assert result.lost_in_merge == 0.0
+
+
+@pytest.mark.parametrize("kind", ["mntp", "simcse"])
+def test_gradient_checkpointing_and_mini_batches_change_no_loss(checkpoint, tmp_path, kind):
+    """GradCache and checkpointing repeat the forward pass under the same dropout; accumulation needs none."""
+    common = {"max_steps": 3, "batch_size": 8, **FAST, "lora_dropout": 0.0}
+    mask = {"mask_probability": 1.0, "mask_share": 1.0, "random_share": 0.0}  # nothing left to chance
+
+    def curve(name: str, **changes) -> list[float]:
+        if kind == "mntp":
+            stage = MNTP(chunk_tokens=8, **{"gradient_checkpointing": False, **common, **mask, **changes})
+        else:
+            stage = SimCSE(
+                **{**common, **changes, "attention_dropout": changes.get("attention_dropout", 0.3)}
+            )
+        return losses(train(load(checkpoint), stage, TEXTS, tmp_path / name, progress=False))
+
+    assert curve("plain") == pytest.approx(curve("checkpointed", gradient_checkpointing=True), abs=1e-4)
+    still = {} if kind == "mntp" else {"attention_dropout": 0.0}
+    assert curve("still", **still) == pytest.approx(curve("micro", mini_batch_size=2, **still), abs=1e-4)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "uncausal"])
+def test_bf16_products_keep_weights_and_pooling_in_float32(checkpoint, tmp_path, attention):
+    """Under autocast queries are float32, after rotary, and values bfloat16: the packed path failed."""
+    encoder = load(checkpoint, attention)
+    before = encoder.encode(TEXTS[:3])
+    seen = set()
+    encoder[1].register_forward_hook(lambda m, a, out: seen.add(out["sentence_embedding"].dtype))
+    options = {"max_steps": 3, "batch_size": 8, **FAST, "learning_rate": 1e-9}
+    exact = losses(train(load(checkpoint, attention), SimCSE(**options), TEXTS, tmp_path / "32"))
+    rounded = losses(
+        train(encoder, SimCSE(**{**options, "bf16": True}), TEXTS, tmp_path / "16", progress=False)
+    )
+    assert exact != rounded and exact == pytest.approx(rounded, abs=0.1)
+    assert seen == {torch.float32} == {p.dtype for p in encoder.parameters()}
+    torch.testing.assert_close(
+        encoder.encode(TEXTS[:3]), before, rtol=1e-5, atol=1e-5
+    )  # no trace of bf16 stays
+
+
+def test_evaluation_during_and_after(checkpoint, tmp_path, capsys):
+    calls = []
+
+    def evaluate(encoder):
+        calls.append(encoder.training)
+        torch.rand(10)  # must not disturb the run
+        return {"score": len(calls)}
+
+    options = {"max_steps": 4, "batch_size": 8, **FAST}
+    plain = train(load(checkpoint), SimCSE(**options), TEXTS, tmp_path / "a", progress=False)
+    seen = train(load(checkpoint), SimCSE(eval_steps=2, **options), TEXTS, tmp_path / "b", eval=evaluate)
+    assert calls == [False, False] and seen.metrics == {"score": 2.0}
+    assert [line["eval_score"] for line in seen.history if "eval_score" in line] == [1.0]
+    assert losses(seen) == losses(plain)
+    shown = capsys.readouterr().err
+    assert "simcse: step 4/4, loss" in shown and "tokens/s" in shown and "0:00 left" in shown
+
+
+def test_full_fine_tuning_keeps_float32_masters_of_bfloat16_weights(checkpoint, tmp_path):
+    """Steps smaller than the last place of a bfloat16 weight were rounded away: 3 % of the weights moved."""
+    stage = SimCSE(max_steps=3, batch_size=8, **{**FAST, "lora_r": 0, "learning_rate": 2e-5})
+    half = load(checkpoint, "sdpa", dtype="bfloat16")
+    exact = load(checkpoint, "sdpa", dtype="bfloat16").float()
+    for encoder, name in ((half, "half"), (exact, "exact")):
+        train(encoder, stage, TEXTS, tmp_path / name, progress=False)
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    for mine, wanted in zip(half.parameters(), exact.parameters(), strict=True):
+        assert torch.equal(mine, wanted.bfloat16())
+    again = load(checkpoint, "sdpa", dtype="bfloat16")
+    assert train(again, stage, TEXTS, tmp_path / "half", progress=False).steps == 0
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), half.parameters(), strict=True))

@@ -1,0 +1,277 @@
+"""What each stage computes, and the settings it refuses."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from tiny import FAST, PAIRS, TEXTS, load, losses, save_checkpoint
+
+from uncausal.encoder.data.rows import DataError
+from uncausal.encoder.data.texts import chunk_texts
+from uncausal.encoder.training.run import train
+from uncausal.encoder.training.stages.contrastive import Contrastive
+from uncausal.encoder.training.stages.mntp import MNTP, MaskedChunks, MaskedNextToken
+from uncausal.encoder.training.stages.simcse import SimCSE, attention_dropout
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "uncausal"])
+def test_masked_next_token_shift_and_isolation(checkpoint, attention):
+    """The loss is that of position i-1 under the frozen head; chunks of a batch do not mix."""
+    encoder = load(checkpoint, attention)
+    head = torch.randn(len(encoder.tokenizer), 32)
+    model = MaskedNextToken(encoder.backbone, head)
+    ids = torch.randint(3, len(encoder.tokenizer), (3, 11))
+    labels = torch.full_like(ids, -100)
+    labels[0, 4], labels[2, 1], labels[2, 10] = 7, 8, 9
+    with torch.no_grad():
+        hidden = torch.cat([encoder.backbone(input_ids=row[None]).last_hidden_state for row in ids])
+        logits = torch.stack([hidden[0, 3], hidden[2, 0], hidden[2, 9]]) @ head.T
+        expected = torch.nn.functional.cross_entropy(logits, torch.tensor([7, 8, 9]))
+        torch.testing.assert_close(model(ids, labels)["loss"], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_chunk_texts_loses_no_token_and_pads_none(checkpoint):
+    tokenizer = load(checkpoint).tokenizer
+    chunks = chunk_texts(iter(TEXTS[:40]), tokenizer, 7)
+    flat = [i for ids in tokenizer(TEXTS[:40])["input_ids"] for i in ids]
+    assert chunks.flatten().tolist() == flat[: len(flat) // 7 * 7]
+    assert len(chunk_texts(TEXTS, tokenizer, 7, limit=3)) == 3
+    assert not torch.equal(chunk_texts(TEXTS, tokenizer, 7, seed=1), chunk_texts(TEXTS, tokenizer, 7, seed=2))
+    with pytest.raises(ValueError, match=r"holds \d+ tokens, less than one chunk of 512"):
+        chunk_texts(TEXTS[:3], tokenizer, 512)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "uncausal"])
+def test_attention_dropout_acts_and_is_restored(checkpoint, attention):
+    encoder = load(checkpoint, attention)
+    encoder.train()
+    features = encoder.preprocess(TEXTS[:3])
+
+    def passes():
+        return [encoder(dict(features))["sentence_embedding"].detach() for _ in range(2)]
+
+    assert torch.equal(*passes())
+    with attention_dropout(encoder.backbone, 0.3):
+        first, second = passes()
+        assert all((a != b).any() for a, b in zip(first, second, strict=True))  # in every text of the batch
+        encoder.eval()
+        assert torch.equal(*passes())
+        encoder.train()
+    assert torch.equal(*passes()) and encoder.backbone.config.attention_dropout == 0.0
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "gpt_neox"])
+def test_attention_dropout_other_families(family):
+    """OPT calls it `dropout`, GPT-2 keeps an nn.Dropout."""
+    from transformers import AutoConfig, AutoModel
+
+    sizes = {"vocab_size": 50, "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2}
+    config = AutoConfig.for_model(family, **sizes, **({"word_embed_proj_dim": 32} if family == "opt" else {}))
+    for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop", "dropout", "hidden_dropout", "attention_dropout"):
+        if hasattr(config, name):
+            setattr(config, name, 0.0)
+    model = AutoModel.from_config(config).train()
+    ids = torch.arange(20)[None]
+    with attention_dropout(model, 0.3):
+        first, second = (model(ids).last_hidden_state for _ in range(2))
+    assert not torch.equal(first, second)
+    assert torch.equal(*(model(ids).last_hidden_state for _ in range(2)))
+
+
+def test_attention_dropout_without_effect_is_refused():
+    """The library's Falcon has the setting and ignores it; its hidden dropout must not pass for it."""
+    from transformers import FalconConfig, FalconModel
+
+    model = FalconModel(
+        FalconConfig(
+            vocab_size=50, hidden_size=32, num_attention_heads=4, num_hidden_layers=2, hidden_dropout=0.1
+        )
+    )
+    with pytest.raises(ValueError, match=r"attention dropout 0\.3 has no effect on FalconModel with 'sdpa'"):
+        with attention_dropout(model, 0.3):
+            pass
+
+
+def test_mntp_head_tied_and_untied(checkpoint, tmp_path):
+    from uncausal.encoder.training.lm_head import find_head
+
+    tied = load(save_checkpoint(tmp_path / "tied", tie_word_embeddings=True)).backbone
+    assert find_head(tied)[0] is tied.get_input_embeddings().weight
+    untied = load(checkpoint)
+    weight = load_file(checkpoint / "model.safetensors")["lm_head.weight"]
+    assert torch.equal(find_head(untied.backbone)[0], weight)
+    untied.save_pretrained(str(tmp_path / "encoder"))
+    headless = load(tmp_path / "encoder").backbone
+    with pytest.raises(ValueError, match=r"no language-model head for MNTP in .*MNTP\(head="):
+        find_head(headless)
+    assert torch.equal(find_head(headless, str(checkpoint))[0], weight)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: MNTP(max_steps=0), r"MNTP\.max_steps is 0; it must be at least 1"),
+        (lambda: MNTP(mask_probability=1.5), r"mask_probability is 1\.5; it must be in \(0, 1\]"),
+        (lambda: MNTP(mask_share=0.95), r"random_share is 0\.1; it must be in \[0, 0\.05\]"),
+        (
+            lambda: SimCSE(lr_scheduler_type="steep"),
+            r"lr_scheduler_type is 'steep'; it must be one of linear, cosine",
+        ),
+        (
+            lambda: Contrastive(mini_batch_size=100),
+            r"mini_batch_size is 100; it must be a divisor of the batch size, 512",
+        ),
+    ],
+)
+def test_stage_refuses_impossible_settings(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_stage_defaults_are_the_published_values():
+    mntp, simcse, pairs = MNTP(), SimCSE(), Contrastive()
+    assert (mntp.max_steps, mntp.batch_size, mntp.learning_rate, mntp.chunk_tokens) == (1000, 32, 5e-5, 512)
+    assert (mntp.mask_probability, mntp.mask_share, mntp.random_share) == (0.2, 0.8, 0.1)
+    assert mntp.gradient_checkpointing and mntp.warmup_steps == 0
+    assert (simcse.batch_size, simcse.learning_rate, simcse.max_length) == (128, 3e-5, 128)
+    assert (simcse.temperature, simcse.attention_dropout) == (0.05, 0.3)
+    assert (pairs.batch_size, pairs.learning_rate, pairs.warmup_steps) == (512, 2e-4, 300)
+    assert (pairs.max_length, pairs.temperature) == (512, 0.02)
+    assert all((s.lora_r, s.lora_alpha, s.lora_dropout) == (16, 32, 0.05) for s in (mntp, simcse, pairs))
+
+
+@pytest.mark.parametrize(
+    ("stage", "data", "message"),
+    [
+        (SimCSE(), ["one", " "], "the data hold 1 rows, fewer than a batch of 128"),
+        (Contrastive(), [("one", "two")], "the data hold 1 rows, fewer than a batch of 512"),
+        (Contrastive(), {"anchor": ["one", "two"]}, r"row 1: no pair among the fields \['anchor'\]"),
+        (Contrastive(), [], "the list holds no rows"),
+        (Contrastive(batch_size=2, weights={"c": 2}), {"a": PAIRS, "b": PAIRS}, "the set 'c'; there is a, b"),
+        (Contrastive(batch_size=9), {"a": PAIRS, "b": PAIRS[:8]}, "the set 'b' holds 8 rows, fewer than a"),
+        (
+            Contrastive(batch_size=2, prompts={"query": "x"}),
+            PAIRS,
+            "the column 'query'; there is anchor, pos",
+        ),
+        (
+            Contrastive(batch_size=2, blend=True),
+            {"a": PAIRS, "b": [(*row, "x") for row in PAIRS]},
+            "the sets 'a' and 'b' differ in the column 'negative'",
+        ),
+        (MNTP(chunk_tokens=8), TEXTS[:9], r"in chunks of 8 tokens, \d rows, fewer than a batch of 32"),
+    ],
+)
+def test_train_needs_enough_data(checkpoint, tmp_path, stage, data, message):
+    """Refused before the folder is made; a batch of one dataset used to be as small as the dataset was."""
+    with pytest.raises(DataError, match=message):
+        train(load(checkpoint), stage, data, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def prompted_loss(encoder, rows, prompts, temperature):
+    """InfoNCE by hand: every text alone, its prompt's tokens counted and left out of the mean."""
+    columns = []
+    for texts, prompt in zip(zip(*rows, strict=True), prompts, strict=True):
+        vectors = []
+        for text in texts:
+            ids = encoder.tokenizer(prompt + text, return_tensors="pt")["input_ids"]
+            skipped = len(encoder.tokenizer(prompt)["input_ids"]) if prompt else 0
+            vectors.append(encoder.backbone(input_ids=ids).last_hidden_state[0, skipped:].mean(0))
+        columns.append(F.normalize(torch.stack(vectors), dim=1))
+    return F.cross_entropy(columns[0] @ columns[1].T / temperature, torch.arange(len(rows)))
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "uncausal"])
+@pytest.mark.parametrize("where", ["prompts", "instruction"])
+def test_prompts_are_attended_but_not_pooled_in_training(checkpoint, tmp_path, attention, where):
+    """The first loss is that of a computation by hand; a mask off by two passed the earlier test."""
+    options = {"max_steps": 1, "batch_size": 8, "temperature": 0.5, **FAST, "lora_dropout": 0.0}
+    rows, prompt = PAIRS[:8], "the king likes "
+    data, stage = rows, Contrastive(prompts={"anchor": prompt}, **options)
+    if where == "instruction":
+        data = [{"anchor": a, "positive": p, "instruction": "king"} for a, p in rows]
+        stage = Contrastive(instruction_template="the {instruction} likes ", **options)
+    with torch.no_grad():
+        expected = prompted_loss(load(checkpoint, attention), rows, (prompt, ""), 0.5)
+    found = losses(train(load(checkpoint, attention), stage, data, tmp_path, progress=False))
+    assert found == pytest.approx([expected.item()], abs=2e-4)
+
+
+def test_batches_are_of_one_dataset(checkpoint, tmp_path):
+    columns = {"anchor": [a for a, _ in PAIRS], "positive": [b for _, b in PAIRS]}
+    data = {"one": {k: ["one " + t for t in v] for k, v in columns.items()}, "two": columns}
+    kinds = []
+
+    class Record(torch.nn.Module):
+        def __init__(self, encoder):
+            super().__init__()
+            self.encoder, self.one = encoder, encoder.tokenizer("one")["input_ids"][0]
+
+        def forward(self, features, labels):
+            starts = features[0]["input_ids"][:, 0]
+            kinds.append(float((starts == self.one).float().mean()))
+            return self.encoder(features[0])["sentence_embedding"].sum() * 0.0
+
+    subset = [not text.startswith("one") for text in columns["anchor"]]
+    data["two"] = {k: [t for t, keep in zip(v, subset, strict=True) if keep] for k, v in columns.items()}
+    stage = Contrastive(max_steps=8, batch_size=8, **FAST)
+    train(load(checkpoint), stage, data, tmp_path, loss=Record, progress=False)
+    assert set(kinds) == {0.0, 1.0}
+
+
+@pytest.mark.parametrize(
+    ("settings", "rates"),
+    [
+        ({"lr_scheduler_type": "constant"}, [1.0, 1.0, 1.0, 1.0]),
+        ({"lr_scheduler_type": "linear"}, [1.0, 0.75, 0.5, 0.25]),
+        ({"lr_scheduler_type": "linear", "schedule_steps": 40}, [1.0, 0.975, 0.95, 0.925]),
+    ],
+    ids=["constant", "linear", "horizon"],
+)
+def test_learning_rate_follows_its_schedule(checkpoint, tmp_path, settings, rates):
+    """Any schedule passed for linear; and a run stopped early had to let its rate decay to 0."""
+    stage = SimCSE(max_steps=4, batch_size=4, **{**FAST, **settings, "learning_rate": 1e-3})
+    result = train(load(checkpoint), stage, TEXTS[:8], tmp_path, progress=False)
+    found = [line["learning_rate"] for line in result.history if "loss" in line]
+    assert found == pytest.approx([1e-3 * rate for rate in rates])
+
+
+def test_mntp_micro_batches_divide_by_the_batchs_masked_tokens(checkpoint, tmp_path):
+    """A mean of means weighs a token by how few are masked in its micro-batch (4.364 against 4.281)."""
+    options = {"max_steps": 2, "batch_size": 8, "chunk_tokens": 8, **FAST, "lora_dropout": 0.0}
+    curves = [
+        losses(train(load(checkpoint), MNTP(mini_batch_size=m, **options), TEXTS, tmp_path / str(m)))
+        for m in (8, 2, 1)
+    ]
+    assert curves[1] == pytest.approx(curves[0], abs=1e-5)
+    assert curves[2] == pytest.approx(curves[0], abs=1e-5)
+
+
+def test_masked_chunks_depend_on_their_number_alone():
+    """Masks came from the process's random state, which is the same on all ranks."""
+    mask = {"probability": 0.5, "mask_share": 1.0, "random_share": 0.0, "mask_id": 0, "vocab_size": 99}
+    chunks = torch.arange(1, 97).view(6, 16)
+    rows = MaskedChunks(chunks, 14, 3, {**mask, "special_ids": torch.tensor([])})
+    first = [rows[i] for i in range(14)]
+    torch.manual_seed(7)
+    again = MaskedChunks(chunks, 14, 3, {**mask, "special_ids": torch.tensor([])})
+    for i in (13, 0, 7):
+        assert all(torch.equal(again[i][name], first[i][name]) for name in first[i])
+    places = {tuple((row["labels"] != -100).tolist()) for row in first}
+    assert len(places) == 14
+    whole = [torch.where(row["labels"] != -100, row["labels"], row["input_ids"]) for row in first]
+    for start in (0, 6):  # every pass has every chunk once, in an order of its own
+        assert sorted(int(row[0]) for row in whole[start : start + 6]) == chunks[:, 0].tolist()
+    assert [int(row[0]) for row in whole[:6]] != [int(row[0]) for row in whole[6:12]]
+
+
+def test_mntp_shuffles_a_file_as_it_does_a_list(checkpoint, tmp_path):
+    """A file's first chunks were taken in its order, a list's were shuffled."""
+    (tmp_path / "a.txt").write_text("\n".join(TEXTS))
+    stage = MNTP(max_steps=2, batch_size=4, chunk_tokens=8)
+    encoder = load(checkpoint)
+    assert torch.equal(stage.prepare(encoder, tmp_path / "a.txt"), stage.prepare(encoder, TEXTS))
+    assert not torch.equal(
+        stage.prepare(encoder, TEXTS), chunk_texts(iter(TEXTS), encoder.tokenizer, 8, limit=8)
+    )
