@@ -1,0 +1,59 @@
+"""The mini suite on its data: what is in it, and that its splits share nothing."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from uncausal.encoder.evaluation.suite import all_texts, mini_suite
+from uncausal.encoder.evaluation.tasks import Classification, Retrieval
+
+FAMILIES = ["sts", "xquad", "scifact", "reranking", "banking77", "polarity", "clustering", "pair"]
+
+
+@pytest.fixture(scope="module")
+def suites():
+    data_dir = os.environ.get("UNCAUSAL_DATA", Path(__file__).parents[2] / "shared" / "data")
+    if not Path(data_dir).is_dir():
+        pytest.skip("UNCAUSAL_DATA names no data folder")
+    return {split: mini_suite(data_dir, split) for split in ("dev", "test")}
+
+
+@pytest.mark.parametrize("split, least, most", [("test", 11_000, 12_000), ("dev", 9_500, 11_500)])
+def test_suite_has_eight_families(suites, split, least, most):
+    assert list(dict.fromkeys(task.family for task in suites[split])) == FAMILIES
+    assert least < len(all_texts(suites[split])) < most
+    assert all(task.instruction for task in suites[split])
+
+
+def test_splits_share_no_text(suites):
+    assert not all_texts(suites["dev"]) & all_texts(suites["test"])
+
+
+def test_sts_benchmark_is_whole(suites):
+    assert len(suites["test"][0].parts[""]) == 1379
+    assert 1350 < len(suites["dev"][0].parts[""]) <= 1500
+
+
+@pytest.mark.parametrize("split", ["dev", "test"])
+def test_every_label_has_its_shots(suites, split):
+    for task in suites[split]:
+        if isinstance(task, Classification):
+            labels = [label for _, label in task.train]
+            assert set(labels) == {label for _, label in task.test}
+            assert min(map(labels.count, set(labels))) >= task.shots
+
+
+def test_retrieval_has_the_documents_of_its_test(suites):
+    sizes = {t.name: (len(t.queries), len(t.documents)) for t in suites["test"] if isinstance(t, Retrieval)}
+    assert sizes["scifact"] == (300, 1000)
+    assert sizes["xquad"][1] == 160
+
+
+def test_missing_data_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no folder '.*nowhere'.*UNCAUSAL_DATA"):
+        mini_suite(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="stsbenchmark"):
+        mini_suite(tmp_path)
+    with pytest.raises(ValueError, match="dev and test"):
+        mini_suite(tmp_path, "train")
