@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import time
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
@@ -26,7 +26,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
-from uncausal.encoder.evaluation.tasks import DOCUMENT, QUERY, Task, Vectors
+from uncausal.encoder.evaluation.tasks import DOCUMENT, QUERY, Measurement, Task, Vectors
 from uncausal.encoder.model import Encoder
 
 INSTRUCT = "Instruct: {instruction}\nQuery: "
@@ -130,27 +130,62 @@ def evaluate_models(
         encode_options: of `encode`, such as {"batch_size": 64}.
 
     Raises:
-        ValueError: no model, no task or a name given twice.
+        ValueError: no model, no task, or two tasks of one name.
+    """
+    if not tasks or len({task.name for task in tasks}) < len(tasks):
+        raise ValueError("evaluation needs tasks, with names of their own")
+
+    def measure(model: SentenceTransformer) -> Measured:
+        vectors = encode_once(model, tasks, instruct, **(encode_options or {}))
+        measurements = {task.name: task.measure(vectors.of(task)) for task in tasks}
+        return Measured(measurements, len(vectors.rows), vectors.seconds)
+
+    families = {task.name: task.family for task in tasks}
+    return compare(models, measure, families, resamples=resamples, load_options=load_options)
+
+
+class Measured(NamedTuple):
+    """What a model's vectors gave: a measurement a task, the texts encoded and the seconds that took."""
+
+    measurements: dict[str, Measurement]
+    texts: int
+    seconds: float
+
+
+def compare(
+    models: Mapping[str, SentenceTransformer | str | Path] | Sequence[str | Path],
+    measure: Callable[[SentenceTransformer], Measured],
+    families: Mapping[str, str],
+    *,
+    resamples: int = 1000,
+    load_options: Mapping[str, Any] | None = None,
+) -> Evaluation:
+    """Measure models one after another, and give their scores and differences intervals.
+
+    Args:
+        models, resamples, load_options: as in `evaluate_models`.
+        measure: measures all tasks on one model.
+        families: the family of each task.
+
+    Raises:
+        ValueError: no model.
     """
     named = dict(models) if isinstance(models, Mapping) else {str(model): model for model in models}
-    if not named or not tasks or len({task.name for task in tasks}) < len(tasks):
-        raise ValueError("evaluation needs at least one model and tasks with names of their own")
+    if not named:
+        raise ValueError("evaluation needs at least one model")
     scored, draws = [], {}
-    for name, model in named.items():
-        if not isinstance(model, SentenceTransformer):
-            model = load_model(model, **(load_options or {}))
-        vectors = encode_once(model, tasks, instruct, **(encode_options or {}))
-        del model
-        # Row 0 is the score itself, the others those of the draws.
-        by_task = {task.name: _bootstrap(task, vectors, resamples) for task in tasks}
-        draws[name] = _families(tasks, by_task)
+    for name, source in named.items():
+        loaded = isinstance(source, SentenceTransformer)
+        measured = measure(source if loaded else load_model(source, **(load_options or {})))
+        by_task = {task: _bootstrap(task, m, resamples) for task, m in measured.measurements.items()}
+        draws[name] = _families(families, by_task)
         scored.append(
             ModelScores(
                 model=name,
                 families={family: _score(values) for family, values in draws[name].items()},
                 tasks={task: _score(values) for task, values in by_task.items()},
-                texts=len(vectors.rows),
-                seconds=vectors.seconds,
+                texts=measured.texts,
+                seconds=measured.seconds,
             )
         )
     differences = [
@@ -213,20 +248,20 @@ def _prompts(model: SentenceTransformer, task: Task, instruct: str | None) -> di
     return {side: model.prompts.get(side) or None for side in (QUERY, DOCUMENT)}
 
 
-def _bootstrap(task: Task, vectors: EncodedTexts, resamples: int) -> np.ndarray:
-    """The task's score, and its scores on units drawn with replacement, the same for every model."""
-    size, score = task.measure(vectors.of(task))
-    generator = np.random.default_rng(zlib.crc32(task.name.encode()))
+def _bootstrap(name: str, measurement: Measurement, resamples: int) -> np.ndarray:
+    """The score, and then the scores of units drawn with replacement, the same draws for every model."""
+    size, score = measurement
+    generator = np.random.default_rng(zlib.crc32(name.encode()))
     drawn = [score(generator.integers(size, size=size)) for _ in range(resamples)]
     return np.array([score(np.arange(size)), *drawn])
 
 
-def _families(tasks: Sequence[Task], by_task: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    names = dict.fromkeys(task.family for task in tasks)
-    families = {
-        name: np.mean([by_task[task.name] for task in tasks if task.family == name], axis=0) for name in names
-    }
-    return {**families, MEAN: np.mean(list(families.values()), axis=0)}
+def _families(families: Mapping[str, str], by_task: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    members: dict[str, list[np.ndarray]] = {}
+    for task, values in by_task.items():
+        members.setdefault(families[task], []).append(values)
+    means = {family: np.mean(values, axis=0) for family, values in members.items()}
+    return {**means, MEAN: np.mean(list(means.values()), axis=0)}
 
 
 def _score(values: np.ndarray) -> Score:
