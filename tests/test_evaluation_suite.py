@@ -5,17 +5,22 @@ from pathlib import Path
 
 import pytest
 
-from uncausal.encoder.evaluation.suite import all_texts, mini_suite
+from uncausal.encoder.evaluation.suite import all_texts, choose_tasks, mini_suite
 from uncausal.encoder.evaluation.tasks import Classification, Retrieval
 
 FAMILIES = ["sts", "xquad", "scifact", "reranking", "banking77", "polarity", "clustering", "pair"]
 
 
 @pytest.fixture(scope="module")
-def suites():
-    data_dir = os.environ.get("UNCAUSAL_DATA", Path(__file__).parents[2] / "shared" / "data")
-    if not Path(data_dir).is_dir():
+def data_dir():
+    data_dir = Path(os.environ.get("UNCAUSAL_DATA", Path(__file__).parents[2] / "shared" / "data"))
+    if not data_dir.is_dir():
         pytest.skip("UNCAUSAL_DATA names no data folder")
+    return data_dir
+
+
+@pytest.fixture(scope="module")
+def suites(data_dir):
     return {split: mini_suite(data_dir, split) for split in ("dev", "test")}
 
 
@@ -48,6 +53,16 @@ def test_retrieval_has_the_documents_of_its_test(suites):
     sizes = {t.name: (len(t.queries), len(t.documents)) for t in suites["test"] if isinstance(t, Retrieval)}
     assert sizes["scifact"] == (300, 1000)
     assert sizes["xquad"][1] == 160
+
+
+def test_choose_tasks_by_name(data_dir):
+    chosen = choose_tasks(data_dir, names=["snli", "scifact-full"])
+    assert [task.name for task in chosen] == ["snli", "scifact-full"]
+    assert (len(chosen[1].queries), len(chosen[1].documents)) == (300, 5183)
+    with pytest.raises(
+        ValueError, match="no task 'sst2' in the dev split: there are stsbenchmark, "
+    ):
+        choose_tasks(data_dir, "dev", ["sst2"])
 
 
 def test_missing_data_is_named(tmp_path):

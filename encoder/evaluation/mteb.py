@@ -97,7 +97,7 @@ def evaluate_mteb(
     """
     own = {task.name: task for task in local}
     tasks = [local_task(own[name]) if name in own else mteb.get_task(name) for name in names]
-    encoder = InstructedEncoder(model, instruct)
+    encoder: Any = InstructedEncoder(model, instruct)
     options: Any = {"batch_size": 32, "show_progress_bar": False, **encode_options}
     return mteb.evaluate(encoder, tasks, cache=None, encode_kwargs=options, show_progress_bar=False)
 
@@ -171,7 +171,7 @@ class LocalClassification(AbsTaskClassification):
 
     def __init__(self, task: Classification) -> None:
         labels = sorted({label for _, label in task.test})
-        splits = {
+        splits: dict[Any, Dataset] = {
             split: Dataset.from_dict(
                 {"text": [text for text, _ in rows], "label": [labels.index(label) for _, label in rows]}
             )

@@ -26,7 +26,7 @@ import gzip
 import json
 import random
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -71,6 +71,21 @@ def mini_suite(data_dir: str | Path, split: Split = "test") -> list[Task]:
         return test
     taken = all_texts(test)
     return [task for read in FAMILIES for task in read(data_dir, "dev", taken)]
+
+
+def choose_tasks(data_dir: str | Path, split: Split = "test", names: Sequence[str] = ()) -> list[Task]:
+    """Return the tasks of these names, or all of the mini suite; "scifact-full" is `scifact_full`.
+
+    Raises:
+        ValueError: no task of that name; the message lists those there are.
+    """
+    tasks = {task.name: task for task in mini_suite(data_dir, split)}
+    if split == "test" and "scifact-full" in names:
+        tasks["scifact-full"] = scifact_full(data_dir)
+    unknown = [name for name in names if name not in tasks]
+    if unknown:
+        raise ValueError(f"no task {unknown[0]!r} in the {split} split: there are {', '.join(tasks)}")
+    return [tasks[name] for name in names or tasks]
 
 
 def all_texts(tasks: Iterable[Task]) -> set[str]:

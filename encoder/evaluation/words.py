@@ -262,15 +262,11 @@ def probe(
         layer.bias.zero_()
     optimizer = torch.optim.AdamW(layer.parameters(), lr=learning_rate, weight_decay=0)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
-    order = iter(())
+    order: list[int] = []
     for _ in range(steps):
-        batch = []
-        while len(batch) < min(batch_size, len(train)):
-            index = next(order, None)
-            if index is None:
-                order = iter(torch.randperm(len(train), generator=generator).tolist())
-            else:
-                batch.append(index)
+        while len(order) < batch_size:
+            order += torch.randperm(len(train), generator=generator).tolist()
+        batch, order = order[:batch_size], order[batch_size:]
         states = torch.from_numpy(np.concatenate([train[i] for i in batch])) / scale
         keep = torch.rand(states.shape, generator=generator) >= dropout
         gold = torch.tensor([number[tag] for i in batch for tag in train_tags[i]])
