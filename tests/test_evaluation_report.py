@@ -6,15 +6,19 @@ import pytest
 from sentence_transformers import SentenceTransformer
 from transformers import BertConfig, LlamaConfig, Qwen3Config, RobertaConfig
 
+from uncausal.encoder.evaluation import compare as compare_module
 from uncausal.encoder.evaluation.compare import (
     Difference,
     Evaluation,
+    Measured,
     ModelScores,
     Score,
     _is_decoder,
+    compare,
     load_model,
 )
 from uncausal.encoder.evaluation.report import format_table, plot, write_json
+from uncausal.encoder.evaluation.tasks import Measurement
 from uncausal.encoder.model import Encoder
 
 
@@ -70,6 +74,16 @@ def test_load_model_takes_folders_of_each_kind(smollm2, tmp_path):
     assert load_model(tmp_path / "saved", device="cpu").pooling == "weighted_mean"
     with pytest.raises(FileNotFoundError, match="nowhere"):
         load_model(tmp_path / "nowhere")
+
+
+def test_one_path_is_one_model(monkeypatch):
+    """Regression: a path given alone was taken for a sequence of one-letter names."""
+    monkeypatch.setattr(compare_module, "load_model", lambda source: source)
+    measured = Measured({"t": Measurement(3, lambda rows: 7.0)}, 3, 0.1)
+    [scores] = compare("a/path", lambda model: measured, {"t": "f"}, resamples=5).models
+    assert (scores.model, scores.families) == ("a/path", {"f": (7, 7, 7), "mean": (7, 7, 7)})
+    with pytest.raises(ValueError, match="at least one model"):
+        compare({}, lambda model: measured, {})
 
 
 def test_load_model_leaves_other_models_to_the_library(tmp_path):

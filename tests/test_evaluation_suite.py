@@ -59,9 +59,7 @@ def test_choose_tasks_by_name(data_dir):
     chosen = choose_tasks(data_dir, names=["snli", "scifact-full"])
     assert [task.name for task in chosen] == ["snli", "scifact-full"]
     assert (len(chosen[1].queries), len(chosen[1].documents)) == (300, 5183)
-    with pytest.raises(
-        ValueError, match="no task 'sst2' in the dev split: there are stsbenchmark, "
-    ):
+    with pytest.raises(ValueError, match="no task 'sst2' in the dev split: there are stsbenchmark, "):
         choose_tasks(data_dir, "dev", ["sst2"])
 
 

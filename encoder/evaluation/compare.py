@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -33,6 +33,8 @@ INSTRUCT = "Instruct: {instruction}\nQuery: "
 """NV-Embed's template; `evaluate_models(..., instruct=INSTRUCT)` puts it before queries."""
 
 MEAN = "mean"
+
+Models: TypeAlias = Mapping[str, SentenceTransformer | str | Path] | Sequence[str | Path] | str | Path
 
 
 class Score(NamedTuple):
@@ -110,7 +112,7 @@ def _is_decoder(source: str | Path) -> bool:
 
 
 def evaluate_models(
-    models: Mapping[str, SentenceTransformer | str | Path] | Sequence[str | Path],
+    models: Models,
     tasks: Sequence[Task],
     *,
     instruct: str | None = None,
@@ -121,7 +123,7 @@ def evaluate_models(
     """Score models on tasks, such as `mini_suite(data_dir)`.
 
     Args:
-        models: what `load_model` takes, or loaded models by name; paths are loaded one after another.
+        models: what `load_model` takes, or loaded models by name; those not loaded are, one after another.
         tasks: the tasks; names are unique.
         instruct: template such as `INSTRUCT`, put before queries with the task's instruction; without it, a
             model's own "query" and "document" prompts are used where it has them.
@@ -153,7 +155,7 @@ class Measured(NamedTuple):
 
 
 def compare(
-    models: Mapping[str, SentenceTransformer | str | Path] | Sequence[str | Path],
+    models: Models,
     measure: Callable[[SentenceTransformer], Measured],
     families: Mapping[str, str],
     *,
@@ -170,6 +172,8 @@ def compare(
     Raises:
         ValueError: no model.
     """
+    if isinstance(models, (str, Path)):
+        models = [models]
     named = dict(models) if isinstance(models, Mapping) else {str(model): model for model in models}
     if not named:
         raise ValueError("evaluation needs at least one model")

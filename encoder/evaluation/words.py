@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from uncausal.encoder.batching import token_batches
-from uncausal.encoder.evaluation.compare import Evaluation, Measured, compare
+from uncausal.encoder.evaluation.compare import Evaluation, Measured, Models, compare
 from uncausal.encoder.evaluation.tasks import Measurement
 from uncausal.encoder.files import staged_file
 from uncausal.encoder.model import Encoder
@@ -46,7 +46,7 @@ class WordTask(NamedTuple):
 
 
 def evaluate_words(
-    models: Mapping[str, SentenceTransformer | str | Path] | Sequence[str | Path],
+    models: Models,
     tasks: Sequence[WordTask],
     *,
     shift: bool = False,
