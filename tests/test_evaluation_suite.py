@@ -1,5 +1,8 @@
 """The mini suite on its data: what is in it, and that its splits share nothing."""
 
+import csv
+import gzip
+import json
 import os
 from pathlib import Path
 
@@ -70,3 +73,22 @@ def test_missing_data_is_named(tmp_path):
         mini_suite(tmp_path)
     with pytest.raises(ValueError, match="dev and test"):
         mini_suite(tmp_path, "train")
+
+
+def test_each_split_is_drawn_from_its_published_one(suites, data_dir):
+    """Regression of a kind: dev drawn from what is left of a published test set shares no text with test."""
+    clinc = json.loads(gzip.decompress((data_dir / "clinc150" / "data_full.json.gz").read_bytes()))
+    with open(data_dir / "banking77" / "test.csv", encoding="utf8", newline="") as file:
+        banking_test = {row["text"] for row in csv.DictReader(file)}
+    for split, published in (("dev", "val"), ("test", "test")):
+        tasks = {task.name: task for task in suites[split]}
+        assert set(tasks["clinc150"].documents) <= {text for text, _ in clinc[published]}
+        snli = gzip.decompress((data_dir / "snli_dev_test" / f"snli_{split}.tsv.gz").read_bytes()).decode()
+        lines = {tuple(field.strip() for field in line.split("\t")) for line in snli.splitlines()}
+        labels = {1: "entailment", 0: "contradiction"}
+        assert all((labels[p.score], p.first, p.second) in lines for p in tasks["snli"].pairs)
+        qrels = data_dir / "scifact" / "qrels" / f"{'train' if split == 'dev' else 'test'}.tsv"
+        judged = {line.split("\t")[0] for line in qrels.read_text().splitlines()}
+        assert tasks["scifact"].queries.keys() <= judged
+        assert all((text in banking_test) == (split == "test") for text, _ in tasks["banking77"].test)
+        assert not banking_test & {text for text, _ in tasks["banking77"].train}
