@@ -23,7 +23,9 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from uncausal.encoder.data.duplicates import NearDuplicates
 
-HELD_OUT = ("fsspec", "jinja2", "matplotlib", "networkx", "pandas", "requests", "rich", "sympy")
+HELD_OUT_DEV = ("fsspec", "networkx", "rich")
+HELD_OUT_TEST = ("jinja2", "matplotlib", "pandas", "requests", "sympy")
+HELD_OUT = HELD_OUT_DEV + HELD_OUT_TEST
 """Distributions that code search is evaluated on: by default no pair is made of them."""
 
 PairKind = Literal["function", "class", "module", "signature", "comment", "commit"]
@@ -124,7 +126,8 @@ def _definition(node: Any, name: str, lines: list[bytes]) -> Definition:
     body = node.body[docstring is not None :]
     holes = [(*_docstring_hole(node, lines), b"")] if docstring is not None else []
     if isinstance(node, ast.Module):
-        kind, start, end, header = "module", (1, 0), (len(lines), len(lines[-1])), b""
+        rows = max(len(lines) - (lines[-1] == b""), 1)
+        kind, start, end, header = "module", (1, 0), (rows, len(lines[rows - 1])), b""
     else:
         kind = "class" if isinstance(node, ast.ClassDef) else "function"
         start, end = _start(node), _end(node)
@@ -186,6 +189,15 @@ def _dedent(code: bytes, indent: int) -> str:
     return b"\n".join([head, *rest]).decode()
 
 
+def walk_files(root: Path, suffixes: tuple[str, ...]) -> Iterator[Path]:
+    """Find files by suffix, in order, without hidden, built or installed folders; links are not followed."""
+    for folder, folders, files in os.walk(root):
+        folders[:] = sorted(name for name in folders if _is_source_folder(Path(folder, name)))
+        for file in (Path(folder, name) for name in sorted(files) if name.endswith(suffixes)):
+            if file.is_file() and not file.is_symlink():  # no pipe either
+                yield file
+
+
 def source_files(path: str | Path, skipped: Counter[str] | None = None) -> Iterator[SourceFile]:
     """Find the Python files of a package, repository, wheel or zip file, without tests and vendored code.
 
@@ -202,14 +214,12 @@ def source_files(path: str | Path, skipped: Counter[str] | None = None) -> Itera
     path, skipped = Path(path), Counter() if skipped is None else skipped
     if path.is_dir():
         licence = _folder_licence(path)
-        for folder, folders, files in os.walk(path):
-            folders[:] = sorted(name for name in folders if _is_source_folder(Path(folder, name)))
-            for file in (Path(folder, name) for name in sorted(files) if name.endswith(".py")):
-                shown = file.relative_to(path.parent).as_posix()
-                if _NOT_SOURCE.search(file.relative_to(path).as_posix()):
-                    skipped["test or vendored"] += 1
-                elif file.is_file():  # no broken link, no pipe
-                    yield SourceFile(shown, licence, file.read_bytes)
+        for file in walk_files(path, (".py",)):
+            shown = file.relative_to(path)
+            if _NOT_SOURCE.search(shown.as_posix()):
+                skipped["test or vendored"] += 1
+            else:
+                yield SourceFile((path.name / shown).as_posix(), licence, file.read_bytes)
     elif not path.exists():
         raise FileNotFoundError(f"no such file or folder: {path}")
     elif path.suffix == ".py":
