@@ -185,6 +185,9 @@ def test_index_equals_one_made_from_scratch(tmp_path_factory, encoder, steps):
         update_index(base / "kept", folder, encoder)
         update_index(base / "fresh", folder, encoder)
     rows, vectors = contents(base / "kept")
+    broken = ("def broken(:", "# Title\n\nText.\n")  # as Python
+    whole = [p for p in folder.rglob("*.*") if p.suffix == ".md" or p.read_text() not in broken]
+    assert [name for name, _ in rows[0]] == sorted(p.relative_to(folder).as_posix() for p in whole)
     fresh_rows, fresh_vectors = contents(base / "fresh")
     assert rows == fresh_rows
     np.testing.assert_allclose(vectors, fresh_vectors, atol=1e-5)
