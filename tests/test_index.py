@@ -3,6 +3,7 @@
 import shutil
 import sqlite3
 import string
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -142,6 +143,25 @@ class Stop(KeyboardInterrupt):
     pass
 
 
+class StoppingConnection(sqlite3.Connection):
+    """Interrupted before its last statement."""
+
+    left = 0
+
+    def count(self) -> None:
+        type(self).left -= 1
+        if type(self).left == 0:
+            raise Stop
+
+    def execute(self, *arguments):
+        self.count()
+        return super().execute(*arguments)
+
+    def executemany(self, *arguments):
+        self.count()
+        return super().executemany(*arguments)
+
+
 FILES = st.sampled_from(["a.py", "b.py", "sub/c.py", "d.md"])
 BODIES = st.sampled_from([SUM, READ, SUM + READ, "# Title\n\nText.\n", "", "def broken(:", "x = 1\n" * 3])
 STEPS = st.lists(
@@ -149,19 +169,19 @@ STEPS = st.lists(
         st.tuples(st.just("write"), FILES, BODIES),
         st.tuples(st.just("delete"), FILES, st.none()),
         st.tuples(st.just("update"), st.none(), st.integers(1, 4)),
-        st.tuples(st.just("kill"), st.none(), st.integers(1, 4)),
+        st.tuples(st.just("kill"), st.none(), st.integers(4, 24)),
     ),
     min_size=1,
     max_size=12,
 )
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(steps=STEPS)
 def test_index_equals_one_made_from_scratch(tmp_path_factory, encoder, steps):
     """Whatever is written, deleted and interrupted: after an update, rows are the same and vectors equal.
 
-    "update" is interrupted as it encodes for the nth time, "kill" as it stores for the nth time.
+    "update" is interrupted as it encodes for the nth time, "kill" at its nth statement of SQL.
     """
     base = tmp_path_factory.mktemp("property")
     folder = write(base / "src", a_py=SUM, d_md="First text.")
@@ -176,8 +196,14 @@ def test_index_equals_one_made_from_scratch(tmp_path_factory, encoder, steps):
                 (folder / name).unlink(missing_ok=True)
             else:
                 with patch.context() as interrupt:
-                    target = (encoder, "encode_document") if step == "update" else (indexing, "_forget")
-                    interrupt.setattr(*target, stopping(getattr(*target), value))
+                    if step == "update":
+                        interrupt.setattr(
+                            encoder, "encode_document", stopping(encoder.encode_document, value)
+                        )
+                    else:
+                        connect = partial(sqlite3.connect, factory=StoppingConnection)
+                        interrupt.setattr(StoppingConnection, "left", value)
+                        interrupt.setattr(indexing.sqlite3, "connect", connect)
                     try:
                         update_index(base / "kept", folder, encoder)
                     except Stop:
@@ -206,6 +232,32 @@ def stopping(function, after: int):
         return function(*arguments, **options)
 
     return call
+
+
+def test_update_interrupted_at_any_statement_goes_on(tmp_path, encoder, monkeypatch):
+    """A file's hash never stands without its passages."""
+    first = write(tmp_path / "src", a_py=SUM, b_py=READ, d_md="Text.")
+    update_index(tmp_path / "first", first, encoder)
+    write(first, a_py=READ, c_py=SUM)
+    (first / "d.md").unlink()
+    update_index(tmp_path / "fresh", first, encoder)
+    rows, number, stopped = contents(tmp_path / "fresh")[0], 0, True
+    while stopped:
+        number += 1
+        shutil.copy(tmp_path / "first", tmp_path / "kept")
+        with monkeypatch.context() as interrupt:
+            interrupt.setattr(StoppingConnection, "left", number)
+            interrupt.setattr(
+                indexing.sqlite3, "connect", partial(sqlite3.connect, factory=StoppingConnection)
+            )
+            try:
+                update_index(tmp_path / "kept", first, encoder)
+                stopped = False
+            except Stop:
+                pass
+        update_index(tmp_path / "kept", first, encoder)
+        assert contents(tmp_path / "kept")[0] == rows, f"interrupted before statement {number}"
+    assert number > 12
 
 
 @pytest.mark.parametrize(("options", "bytes_each"), [({"dimension": 8}, 32), ({"int8": True}, 32), ({}, 128)])
