@@ -300,8 +300,10 @@ def test_index_of_another_model_is_refused(tmp_path, encoders):
     message = r"i: holds vectors of another model \(first\)"
     with pytest.raises(ValueError, match=message):
         update_index(tmp_path / "i", folder, encoders[1])
+    index = Index(tmp_path / "i")
+    index.search(encoders[0], ["query"])
     with pytest.raises(ValueError, match=message):
-        Index(tmp_path / "i").search(encoders[1], ["query"])
+        index.search(encoders[1], ["query"])
     assert contents(tmp_path / "i")[0] == before
 
 

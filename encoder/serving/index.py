@@ -207,6 +207,7 @@ class Index:
             ).fetchall()
         if not rows:
             raise ValueError(f"{path}: holds no passage: `uncausal index DIR --out {path}` fills it")
+        self._checked: SentenceTransformer | None = None
         self.folder, self.model = Path(self._meta["folder"]), self._meta["model"]
         self.passages = [row[:5] for row in rows]
         stored = np.int8 if json.loads(self._meta["int8"]) else np.float32
@@ -237,8 +238,10 @@ class Index:
             ValueError: the index is of another model.
         """
         dimension = self.vectors.shape[1]
-        [probe] = _unit_vectors(encoder.encode_document, [PROBE], dimension, {})
-        _check_probe(self.path, self._meta, probe)
+        if encoder is not self._checked:
+            [probe] = _unit_vectors(encoder.encode_document, [PROBE], dimension, {})
+            _check_probe(self.path, self._meta, probe)
+            self._checked = encoder
         scores = _unit_vectors(encoder.encode_query, queries, dimension, encode_options) @ self.vectors.T
         if within is not None:
             fits = {name: fnmatch(name, within) for name in {passage[0] for passage in self.passages}}
