@@ -11,19 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from uncausal.encoder.data.code import (
-    HELD_OUT,
-    code_pairs,
-    commit_pairs,
-    decode,
-    definitions,
-    distribution_files,
-    environment_files,
-    source_files,
-    summary,
-)
+from uncausal.encoder.data.code import code_pairs, commit_pairs, decode, definitions, summary
 from uncausal.encoder.data.pairs import read_pairs
 from uncausal.encoder.data.rows import write_rows
+from uncausal.encoder.data.sources import HELD_OUT, distribution_files, environment_files, source_files
 
 STDLIB = Path(sysconfig.get_path("stdlib"))
 

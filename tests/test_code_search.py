@@ -5,15 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from uncausal.encoder.data.code import (
-    HELD_OUT,
-    HELD_OUT_DEV,
-    HELD_OUT_TEST,
-    decode,
-    definitions,
-    distribution_files,
-    summary,
-)
+from uncausal.encoder.data.code import decode, definitions, summary
+from uncausal.encoder.data.sources import HELD_OUT, HELD_OUT_DEV, HELD_OUT_TEST, distribution_files
 from uncausal.encoder.evaluation.code import (
     CodeSearchSet,
     bm25_scores,

@@ -13,8 +13,9 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import cos_sim
 from sklearn.feature_extraction.text import CountVectorizer
 
-from uncausal.encoder.data.code import HELD_OUT_TEST, code_pairs, distribution_files
+from uncausal.encoder.data.code import code_pairs
 from uncausal.encoder.data.duplicates import NearDuplicates
+from uncausal.encoder.data.sources import HELD_OUT_TEST, distribution_files
 
 
 class CodeSearchSet(NamedTuple):

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from uncausal.encoder.data.code import walk_files
 from uncausal.encoder.data.passages import SUFFIXES, VERSION, Passage, passages
+from uncausal.encoder.data.sources import walk_files
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
