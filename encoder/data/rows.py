@@ -13,6 +13,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from uncausal.encoder.files import staged_file
+
 SUFFIXES = (".txt", ".jsonl", ".csv", ".tsv", ".parquet")
 
 
@@ -164,3 +166,21 @@ def _hub_rows(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
         raise DataError(f"{name}: neither a file nor a dataset that can be loaded ({error})") from error
     for number, row in enumerate(dataset, 1):
         yield f"{name}: row {number}", dict(row)
+
+
+def write_rows(rows: Iterable[dict[str, Any]], path: str | Path) -> int:
+    """Write rows as JSONL, all or nothing; return their number.
+
+    Raises:
+        DataError: the suffix is not .jsonl, or there is no row.
+    """
+    if Path(path).suffix != ".jsonl":
+        raise DataError(f"{path}: rows are written as .jsonl")
+    count = 0
+    with staged_file(Path(path)) as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False).encode("utf8", "replace") + b"\n")
+            count += 1
+        if not count:
+            raise DataError(f"{path}: not written, for there is no row")
+    return count

@@ -1,0 +1,81 @@
+"""Code search as an evaluation: the set, its metric and its baseline."""
+
+import math
+
+import numpy as np
+import pytest
+
+from uncausal.encoder.data.code import decode, definitions, summary
+from uncausal.encoder.data.sources import HELD_OUT, HELD_OUT_DEV, HELD_OUT_TEST, distribution_files
+from uncausal.encoder.evaluation.code import (
+    CodeSearchSet,
+    bm25_scores,
+    code_search_set,
+    evaluate_code_search,
+    search_metrics,
+)
+from uncausal.encoder.model import Encoder
+
+
+def test_code_search_set_is_aligned_and_of_the_packages():
+    found = code_search_set(["requests", "jinja2"], 60)
+    assert len(found.queries) == len(set(found.queries)) == len(set(found.documents)) == 60
+    files = [file for name in ("requests", "jinja2") for file in distribution_files(name)]
+    told = {d.code: summary(d.doc) for file in files for d in definitions(decode(file.read()))}
+    assert [told[document] for document in found.documents] == found.queries
+    assert not [q for q, document in zip(*found, strict=True) if q in document]
+    assert code_search_set(["requests", "jinja2"], 60) == found
+    assert code_search_set(["requests", "jinja2"], 60, seed=1) != found
+
+
+def test_held_out_splits_share_no_package():
+    assert not set(HELD_OUT_DEV) & set(HELD_OUT_TEST) and len(set(HELD_OUT)) == 8
+
+
+def test_search_metrics():
+    scores = np.zeros((12, 12))
+    np.fill_diagonal(scores, 1)
+    assert search_metrics(scores)["mrr@10"] == 100
+    scores[0, 1] = 2  # second
+    scores[1, 2:] = scores[1, 1]  # tied with all: eleventh
+    metrics = search_metrics(scores)
+    assert metrics["mrr@10"] == pytest.approx(100 * (10 + 1 / 2) / 12)
+    assert metrics["recall@10"] == pytest.approx(100 * 11 / 12)
+    assert metrics["low"] < metrics["mrr@10"] < metrics["high"] and metrics["queries"] == 12
+    assert search_metrics(np.ones((50, 50)))["mrr@10"] == 0
+
+
+def test_bm25_scores_are_the_formula():
+    documents = ["def readFile(path): return read(path)", "def add(a, b): return a", "class Graph: pass"]
+    search_set = CodeSearchSet(["read the file", "ADD", "graphs"], documents)
+    scores = bm25_scores(search_set)
+    mean = (7 + 6 + 3) / 3  # words of the documents, names taken apart
+    idf = math.log(1 + 2.5 / 1.5)
+
+    def term(count, length):
+        return idf * count * 2.2 / (count + 1.2 * (0.25 + 0.75 * length / mean))
+
+    expected = np.zeros((3, 3))
+    expected[0, 0] = term(2, 7) + term(1, 7)
+    expected[1, 1] = term(1, 6)
+    np.testing.assert_allclose(scores, expected)
+
+
+def test_evaluate_code_search_ranks_by_cosine(smollm2):
+    encoder = Encoder.from_pretrained(smollm2, num_layers=1, dtype="float32", device="cpu", max_seq_length=32)
+    found = code_search_set(["requests"], 24)
+    same = CodeSearchSet(found.documents, found.documents)
+    assert evaluate_code_search(encoder, same)["mrr@10"] == 100
+    turned = CodeSearchSet(found.documents, found.documents[1:] + found.documents[:1])
+    assert evaluate_code_search(encoder, turned)["mrr@10"] < 60
+    asked, stored = encoder.encode(found.queries), encoder.encode(found.documents)
+    cosines = (asked @ stored.T) / np.outer(*(np.linalg.norm(v, axis=1) for v in (asked, stored)))
+    expected = np.mean(
+        [100 / r if (r := (row >= row[i]).sum()) <= 10 else 0 for i, row in enumerate(cosines)]
+    )
+    assert evaluate_code_search(encoder, found)["mrr@10"] == pytest.approx(expected, abs=0.01)
+
+
+def test_bm25_finds_functions_of_real_packages():
+    found = code_search_set(["requests", "jinja2", "fsspec"], 150)
+    assert 30 < search_metrics(bm25_scores(found))["mrr@10"] < 80
