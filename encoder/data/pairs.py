@@ -88,12 +88,12 @@ def read_pairs(source: Any, **options: Any) -> Dataset | DatasetDict:
     if isinstance(source, Mapping) and not _is_columns(source):
         if not source:
             raise DataError("the data hold no set")
-        parts: dict[str, Dataset] = {}
+        parts: dict[Any, Dataset] = {}
         for name, part in source.items():
             read = _read_sets(part, settings, f"{name}: ")
             parts |= {name if task is None else f"{name}/{task}": rows for task, rows in read.items()}
         return DatasetDict(parts)
-    parts = _read_sets(source, settings)
+    parts = dict(_read_sets(source, settings))
     return parts[None] if parts.keys() == {None} else DatasetDict(parts)
 
 

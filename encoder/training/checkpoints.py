@@ -96,7 +96,8 @@ def digest(dataset: Any) -> int:
     value = 0
     for name, part in dataset.items() if isinstance(dataset, DatasetDict) else [("", dataset)]:
         value = zlib.crc32(f"{name}:{part.column_names}".encode(), value)
-        for rows in part.with_format("arrow").iter(10_000):
+        for batch in part.with_format("arrow").iter(10_000):
+            rows: Any = batch  # a pyarrow Table, by that format
             sink = pa.BufferOutputStream()
             with pa.ipc.new_stream(sink, rows.schema) as stream:
                 stream.write_table(rows.combine_chunks())

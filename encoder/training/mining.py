@@ -137,8 +137,8 @@ class BM25:
     def encode_document(self, texts: list[str], **options: Any) -> np.ndarray:
         from sklearn.feature_extraction.text import CountVectorizer
 
-        self.words = CountVectorizer(token_pattern=r"(?u)\b\w+\b", dtype=np.float32)
-        counts = self.words.fit_transform(texts).tocoo()
+        self.words: Any = CountVectorizer(token_pattern=r"(?u)\b\w+\b", dtype=np.float32)  # type: ignore[arg-type]
+        counts: Any = self.words.fit_transform(texts).tocoo()
         lengths = np.bincount(counts.row, counts.data, minlength=len(texts))
         frequency = np.bincount(counts.col, minlength=counts.shape[1])
         idf = np.log1p((len(texts) - frequency + 0.5) / (frequency + 0.5))

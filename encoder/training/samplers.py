@@ -51,7 +51,8 @@ class WeightedSets(MultiDatasetDefaultBatchSampler):
         return sum(self.counts)
 
     def __iter__(self) -> Iterator[list[int]]:
-        sizes = [len(dataset) for dataset in self.dataset.datasets]
+        parts: Any = self.dataset.datasets
+        sizes = list(map(len, parts))
         starts = [0, *accumulate(sizes)]
         schedule = torch.tensor([i for i, count in enumerate(self.counts) for _ in range(count)])
         order = torch.randperm(len(schedule), generator=self.generator)

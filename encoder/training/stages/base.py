@@ -33,8 +33,8 @@ class Stage:
     Args:
         max_steps: optimiser steps.
         schedule_steps: the learning rate's schedule is made for so many steps, and the run stops at
-            `max_steps` of it; by default both are one. LLM2Vec's spans three epochs of its data, of which a run sees a
-            thousand steps, so its rate hardly falls (recipes/llm2vec.toml).
+            `max_steps` of it; by default both are one. LLM2Vec's spans three epochs of its data, of which a
+            run sees a thousand steps, so its rate hardly falls (recipes/llm2vec.toml).
         batch_size: of a step, over all processes together.
         learning_rate: at its highest.
         warmup_steps: over which the learning rate rises to it.

@@ -79,7 +79,7 @@ class Contrastive(PairStage):
             scored=loss is not None and not any(isinstance(part, InfoNCELoss) for part in loss.modules()),
             seed=self.seed,
         )
-        sets = dict(dataset) if isinstance(dataset, DatasetDict) else {}
+        sets: dict[Any, Dataset] = dict(dataset) if isinstance(dataset, DatasetDict) else {}
         for name in self.weights:
             if name not in sets:
                 raise DataError(f"weights name the set {name!r}; there is {', '.join(sets) or 'no name'}")
@@ -113,8 +113,8 @@ class Contrastive(PairStage):
             arguments["batch_sampler"] = BatchSamplers.NO_DUPLICATES
         prompts: dict[str, Any] = {}
         if isinstance(dataset, DatasetDict):
-            weights = [self.weights.get(name, 1.0) for name in dataset]
-            prompts = {name: self._prompts(part) for name, part in dataset.items()}
+            weights = [self.weights.get(str(name), 1.0) for name in dataset]
+            prompts = {str(name): self._prompts(part) for name, part in dataset.items()}
             sizes = [len(part) for part in dataset.values()]
             dataset = DatasetDict({name: _without_instruction(part) for name, part in dataset.items()})
             if self.blend:
@@ -138,7 +138,7 @@ def _without_instruction(part: Dataset) -> Dataset:
     return part.remove_columns([name for name in part.column_names if name == "instruction"])
 
 
-def _ids_apart(sets: dict[str, Dataset]) -> dict[str, Dataset]:
+def _ids_apart(sets: dict[Any, Dataset]) -> dict[Any, Dataset]:
     """Give ids of different sets different numbers, and a number of its own to every row that has none."""
     if not any(LABEL in part.column_names for part in sets.values()):
         return sets
@@ -152,7 +152,7 @@ def _ids_apart(sets: dict[str, Dataset]) -> dict[str, Dataset]:
     return apart
 
 
-def _check_alike(sets: dict[str, Dataset]) -> None:
+def _check_alike(sets: dict[Any, Dataset]) -> None:
     """Refuse to blend sets of which one batch could not be made."""
     first = next(iter(sets), "")
     for name, part in sets.items():

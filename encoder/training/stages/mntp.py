@@ -162,7 +162,8 @@ class MaskedTrainer(StageTrainer):
     """Trains a `MaskedNextToken` on `MaskedChunks`, in their order."""
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
-        return SequentialSampler(train_dataset or self.train_dataset)
+        rows: Any = train_dataset or self.train_dataset
+        return SequentialSampler(rows)
 
 
 class MaskedChunks(Dataset):
