@@ -93,7 +93,7 @@ def _weights(
     return g, x_mass, y_mass
 
 
-@triton.jit(do_not_specialize=_COUNTS)
+@triton.jit
 def _info_nce_lse_kernel(
     x_ptr, y_ptr, lse_ptr, limit_ptr, x_ids_ptr, y_ids_ptr, scale_ptr,
     N, M, diagonal, columns_per_split, stride_x, stride_y,
@@ -128,7 +128,7 @@ def _info_nce_lse_kernel(
     tl.store(lse_ptr + pid_split.to(tl.int64) * N + offs_m, lse, mask=mask_m)
 
 
-@triton.jit(do_not_specialize=_COUNTS)
+@triton.jit
 def _info_nce_grad_kernel(
     x_ptr, y_ptr, out_ptr, mass_ptr,
     x_total_ptr, x_weight_ptr, x_limit_ptr, y_total_ptr, y_weight_ptr, y_limit_ptr,
