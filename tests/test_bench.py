@@ -1,6 +1,7 @@
 """The benchmarks: they run through on a CPU, and what they record is what they measured."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -10,6 +11,9 @@ import pytest
 from uncausal.bench import lengths, measure, report
 from uncausal.bench.measure import Contest, Settings
 
+# pytest-benchmark measures nothing within pytest-xdist, whose workers their children take themselves for
+OUTSIDE = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+
 
 def test_dry_run_of_everything():
     """`make bench-gpu DRY=1`: every suite, every case, tiny shapes, and the tables."""
@@ -18,6 +22,7 @@ def test_dry_run_of_everything():
         [sys.executable, "-m", "uncausal.bench.run", "--gpu", "--dry"],
         capture_output=True,
         text=True,
+        env=OUTSIDE,
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     for name in ("by_distribution", "latent_pooling", "by_batch", "mixed", "simcse"):  # one of each suite
@@ -76,7 +81,7 @@ def test_records_reach_the_table(tmp_path):
     out = tmp_path / "results" / "sleep-cpu.json"
     options = ["-o", "python_functions=bench_*", "-p", "no:cacheprovider", "--dry", f"--benchmark-json={out}"]
     command = [sys.executable, "-m", "pytest", str(tmp_path / "bench_sleep.py"), *options]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=OUTSIDE)
     assert done.returncode == 0, done.stdout
     measured = {
         b["extra_info"]["provider"]: b["stats"]["median"] for b in json.loads(out.read_text())["benchmarks"]

@@ -101,7 +101,7 @@ def test_interrupted_run_goes_on_as_if_nothing_had_happened(
     handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(TrainingInterrupted, match="stopped at step 3 of 5: the same call or command resumes"):
         train(encoder, stage, data, tmp_path / "cut", callbacks=[Signal(3)], progress=False)
-    assert "stopped at step 3 of 5" in capsys.readouterr().err
+    assert "stopped at step 3" not in capsys.readouterr().err  # the exception says it, once
     assert signal.getsignal(signal.SIGINT) is handler
     assert encoder.state_dict().keys() == weights.keys()
     assert all(torch.equal(value, weights[name]) for name, value in encoder.state_dict().items())

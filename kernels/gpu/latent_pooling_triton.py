@@ -149,7 +149,7 @@ def _place(T, W: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GRO
     return first + pid % (GROUP * cols) % size, pid % (GROUP * cols) // size
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit  # T stays specialised here: without it the modelled bound falls by a tenth
 def _mlp_pool_kernel(
     x_ptr, up_ptr, bias_ptr, weights_ptr, seq_ptr, partial_ptr,
     T,
@@ -168,7 +168,7 @@ def _mlp_pool_kernel(
     _store_sums(out, seq, partial_ptr, tile, first, last, offs_n, mask_n, W)
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit
 def _mlp_pool_bwd_kernel(
     dinner_ptr, x_ptr, up_ptr, bias_ptr, weights_ptr, seq_ptr, dz_ptr,
     T,
