@@ -19,9 +19,9 @@ $(VENV)/.ready: pyproject.toml constraints.txt Makefile
 demo: setup
 	$(BIN)/uncausal demo
 
-# two workers with one thread each; a file's tests stay together, and so do what they share
+# two workers with one thread each
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist worksteal
 
 check: setup
 	$(BIN)/ruff check .

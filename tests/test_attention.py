@@ -502,8 +502,9 @@ def test_kernels_reach_beyond_32_bit_offsets_with_strides(strides):
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def test_interpreted():
-    ladder.interpret(__file__)
+@pytest.mark.parametrize("part", ["random_lengths", "not random_lengths"])
+def test_interpreted(part):
+    ladder.interpret(__file__, select=part)
 
 
 @pytest.mark.sanitize

@@ -74,8 +74,8 @@ def test_shares_add_up_to_the_whole(encoder, whole, tmp_path):
     assert contents(tmp_path) == whole
 
 
-def test_killed_run_goes_on(tiny_checkpoint, whole, tmp_path):
-    """SIGKILL at some moment, three times: what is there is whole, and the end is the undisturbed run's."""
+def test_killed_run_goes_on(tiny_checkpoint, encoder, whole, tmp_path):
+    """SIGKILL at some moment: what is there is whole, and the end is the undisturbed run's."""
     script = (
         "import sys; from uncausal import Encoder; from tests.test_corpus import ROWS, SETTINGS\n"
         "from uncausal.encoder.serving.corpus import encode_corpus\n"
@@ -83,15 +83,14 @@ def test_killed_run_goes_on(tiny_checkpoint, whole, tmp_path):
         "encode_corpus(encoder, ROWS, sys.argv[2], SETTINGS)\n"
     )
     command = [sys.executable, "-c", script, str(tiny_checkpoint), str(tmp_path)]
-    for shards in (1, 3):
-        process = subprocess.Popen(command, cwd=os.path.dirname(os.path.dirname(__file__)))
-        while len(list(tmp_path.glob("part-*.parquet"))) < shards and process.poll() is None:
-            time.sleep(0.001)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        for file in tmp_path.glob("part-*.parquet"):
-            assert file.read_bytes() == whole[file.name]
-    assert subprocess.run(command, cwd=os.path.dirname(os.path.dirname(__file__))).returncode == 0
+    process = subprocess.Popen(command, cwd=os.path.dirname(os.path.dirname(__file__)))
+    while len(list(tmp_path.glob("part-*.parquet"))) < 2 and process.poll() is None:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    found = list(tmp_path.glob("part-*.parquet"))
+    assert len(found) >= 2 and all(file.read_bytes() == whole[file.name] for file in found)
+    encode_corpus(encoder, ROWS, tmp_path, SETTINGS)
     assert {k: v for k, v in contents(tmp_path).items() if not k.startswith(".")} == whole
 
 
