@@ -30,6 +30,13 @@ def test_masked_next_token_shift_and_isolation(checkpoint, attention):
         torch.testing.assert_close(model(ids, labels)["loss"], expected, rtol=1e-4, atol=1e-5)
 
 
+def test_mntp_reads_running_text_without_the_template(checkpoint):
+    """Regression: an encoder with a template put the user's turn round every article of its training text."""
+    plain, framed = (load(checkpoint, template=template) for template in (None, "</s> {text} </s>"))
+    stage = MNTP(max_steps=2, batch_size=2, chunk_tokens=8)
+    assert torch.equal(stage.prepare(plain, TEXTS), stage.prepare(framed, TEXTS))
+
+
 def test_chunk_texts_loses_no_token_and_pads_none(checkpoint):
     tokenizer = load(checkpoint).tokenizer
     chunks = chunk_texts(iter(TEXTS[:40]), tokenizer, 7)

@@ -40,16 +40,23 @@ def read_texts(source: str | Path, column: str = "text", *, limit: int | None = 
 
 
 def chunk_texts(
-    texts: Iterable[str], tokenizer: Any, length: int, *, limit: int | None = None, seed: int = 0
+    texts: Iterable[str],
+    tokenizer: Any,
+    length: int,
+    *,
+    limit: int | None = None,
+    seed: int = 0,
+    special_tokens: bool = True,
 ) -> Tensor:
     """Join tokenised texts and cut them into chunks without padding, for MNTP.
 
     Args:
         texts: any number of texts; a list is shuffled, a stream is taken in its order.
-        tokenizer: adds its special tokens to every text.
+        tokenizer: of the model.
         length: tokens per chunk. The remainder at the end is dropped.
         limit: stop tokenising at so many chunks.
         seed: of the shuffle.
+        special_tokens: what the tokenizer puts around a text is put around every one.
 
     Returns:
         (n, length) int32.
@@ -64,7 +71,8 @@ def chunk_texts(
     wanted, found = math.inf if limit is None else limit * length, 0
     pieces: list[np.ndarray] = []
     while found < wanted and (batch := list(islice(stream, 256))):
-        for ids in tokenizer(batch, verbose=False, return_attention_mask=False)["input_ids"]:
+        options = {"verbose": False, "return_attention_mask": False, "add_special_tokens": special_tokens}
+        for ids in tokenizer(batch, **options)["input_ids"]:
             pieces.append(np.asarray(ids, dtype=np.int32))
             found += len(ids)
     if found < length:

@@ -63,7 +63,15 @@ class MNTP(Stage):
         """Chunks (n, chunk_tokens) int32 of shuffled texts, or of those of a source for `read_texts`."""
         texts = list(read_texts(data) if isinstance(data, str | Path) else data)
         limit = self.max_steps * self.batch_size
-        chunks = chunk_texts(texts, encoder.tokenizer, self.chunk_tokens, limit=limit, seed=self.seed)
+        chunks = chunk_texts(
+            texts,
+            encoder.tokenizer,
+            self.chunk_tokens,
+            limit=limit,
+            seed=self.seed,
+            # a template is for what is encoded: running text is no user's message
+            special_tokens=getattr(encoder[0], "template", None) is None,
+        )
         self.check_size(f"the text holds, cut in chunks of {self.chunk_tokens} tokens,", len(chunks))
         return chunks
 
