@@ -91,7 +91,17 @@ def test_help_names_every_argument(command, capsys, monkeypatch):
     expected = {
         "convert": {"MODEL", "OUTPUT", "--json"},
         "prune": {"MODEL", "OUTPUT", "--pairs", "--keep", "--drop", "--limit", "--json"},
-        "run": {"RECIPE", "OUTPUT", "--list", "--variant", "--model", "--data", "--json"},
+        "run": {
+            "RECIPE",
+            "OUTPUT",
+            "--list",
+            "--variant",
+            "--model",
+            "--data",
+            "--data-dir",
+            "--plan",
+            "--json",
+        },
         "eval": {"MODEL", "DATA", "--split", "--json"},
         "encode": {"MODEL", "INPUT", "OUTPUT", "--column", "--prompt", "--batch-tokens", "--int8"},
         "search": {"MODEL", "CORPUS", "QUERY", "--column", "--prompt", "--top-k", "--json"},
@@ -298,7 +308,7 @@ def test_encode_keeps_an_earlier_output_when_it_fails(folder, tmp_path, capsys, 
         (["search", "encoder", "texts.txt"], "one or more queries"),
         (
             ["run", "missing.toml", "out"],
-            "no recipe 'missing.toml': give a TOML file or one of l3prune, llm2vec",
+            "no recipe 'missing.toml': give a TOML file or one of code, encoder, ",
         ),
         (["run", "llm2vec", "out", "--variant", "mistral"], "--data simcse=FILE"),
         (["run", "llm2vec"], "takes a RECIPE and an OUTPUT"),
@@ -394,8 +404,8 @@ def test_run_takes_a_recipe_of_the_package_by_name(byte_llama, folder, tmp_path,
 
     def shortened(name, variant):
         recipe = load(name, variant)
-        for stage in recipe.stages:
-            vars(stage).update({key: value for key, value in short.items() if hasattr(stage, key)})
+        for step in recipe.steps:
+            vars(step.settings).update({k: value for k, value in short.items() if hasattr(step.settings, k)})
         return recipe
 
     monkeypatch.setattr("uncausal.encoder.cli.training.load_recipe", shortened)
