@@ -17,7 +17,6 @@ sums (F, or F / 2 with a gate). Weights are (out, in).
 # Triton's launch options and jit types are unknown to the type checker.
 # pyright: reportArgumentType=false, reportIndexIssue=false, reportCallIssue=false
 
-import functools
 
 import torch
 import triton
@@ -281,7 +280,6 @@ CONFIGS = {
 }
 
 
-@functools.cache
 def _tile(kernel: str, device: torch.device) -> Tile:
     return CONFIGS[architecture(device)][kernel]
 
