@@ -38,12 +38,14 @@ class Pruning:
         keep: "small" or "large", chosen by the loss after every layer; or a number of layers.
         drop: fraction of the layers dropped, instead.
         triplets: rows for the losses. temperature: of the loss.
+        min_score: of scored pairs, take those whose score is at least this.
     """
 
     keep: str | int = "large"
     drop: float | None = None
     triplets: int = 6400
     temperature: float = 0.02
+    min_score: float | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.keep, str) and self.keep not in ("small", "large"):
@@ -70,7 +72,7 @@ class Pruning:
             return Choice(self.keep)
         if triplets is None:
             raise ValueError(f"keep={self.keep!r} is read off the loss after every layer, which needs pairs")
-        pairs = read_pairs(triplets)
+        pairs = read_pairs(triplets, min_score=self.min_score)
         sets = list(pairs.values()) if isinstance(pairs, DatasetDict) else [pairs]
         width = min(len(text_columns(part)) for part in sets)  # rows of one batch have as many texts
         rows = (

@@ -1,6 +1,7 @@
 """Which tests run where: see the module docstring of bench/ladder.py."""
 
 import importlib.util
+import json
 import sys
 
 import pytest
@@ -166,3 +167,21 @@ def checkpoint(tmp_path_factory):
     from tiny import save_checkpoint
 
     return save_checkpoint(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def cli_folder(byte_llama, tmp_path_factory):
+    """An encoder folder made by the command itself, and files of texts and pairs (see commands.py)."""
+    from commands import PAIRS, SCORED, TEXTS
+
+    from uncausal.encoder.cli.main import main
+
+    folder = tmp_path_factory.mktemp("cli")
+    assert main(["convert", str(byte_llama), str(folder / "encoder"), "--num-layers", "2"]) == 0
+    (folder / "texts.txt").write_text("\n".join(TEXTS) + "\n")
+    (folder / "pairs.jsonl").write_text(
+        "".join(json.dumps({"anchor": a, "positive": p}) + "\n" for a, p in PAIRS)
+    )
+    lines = [f"g\tf\ty\t{i}\t{score}\t{a}\t{b}" for i, (a, b, score) in enumerate(SCORED)]
+    (folder / "sts-dev.csv").write_text("\n".join(lines) + "\n")
+    return folder

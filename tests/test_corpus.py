@@ -12,7 +12,13 @@ import pytest
 
 from uncausal import Encoder
 from uncausal.encoder.data.rows import DataError
-from uncausal.encoder.serving.corpus import CorpusSettings, corpus_rows, encode_corpus, read_corpus
+from uncausal.encoder.serving.corpus import (
+    CorpusSettings,
+    corpus_rows,
+    encode_corpus,
+    model_digest,
+    read_corpus,
+)
 
 WORDS = "the a cat dog king sees likes paints river music".split()
 ROWS = [(f"id{i}", " ".join(WORDS[(i * k) % 10] for k in range(1, 3 + i % 9))) for i in range(57)]
@@ -115,6 +121,21 @@ def test_other_settings_are_refused(encoder, whole, tmp_path):
         encode_corpus(encoder, ROWS, tmp_path, SETTINGS, shard=(3, 3))
     with pytest.raises(ValueError, match="dimension 999 is more than the model has: 32"):
         encode_corpus(encoder, ROWS, tmp_path, CorpusSettings(dimension=999))
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "int8"])
+def test_weights_of_any_type_have_a_digest(tiny_checkpoint, tmp_path, kind):
+    """Regression: bfloat16, the default where the hardware has it, and int8 weights were a traceback."""
+    dtype = "bfloat16" if kind == "bfloat16" else "float32"
+    digests = []
+    for change in (0.0, 0.0, 1.0):
+        encoder = Encoder.from_pretrained(tiny_checkpoint, device="cpu", dtype=dtype)
+        encoder.backbone.layers[1].mlp.up_proj.weight.data[3, 4] += change
+        if kind == "int8":
+            encoder.quantize()
+        digests.append(model_digest(encoder))
+    assert digests[0] == digests[1] != digests[2]
+    assert encode_corpus(encoder, ROWS, tmp_path, SETTINGS).encoded == 57
 
 
 def test_shorter_input_is_noticed(encoder, whole, tmp_path):

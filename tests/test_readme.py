@@ -10,7 +10,7 @@ import pytest
 from sentence_transformers import SentenceTransformer
 
 import uncausal
-from uncausal.encoder.cli.main import main
+from uncausal.encoder.cli.main import main, parse
 from uncausal.encoder.training.recipes import load_recipe
 
 ROOT = Path(__file__).parents[1]
@@ -45,20 +45,25 @@ def test_shell_lines_run_in_order(byte_llama, tmp_path, monkeypatch, capsys):
     (tmp_path / "articles.txt").write_text(text * 12)
     (tmp_path / "sentences.txt").write_text("".join(f"Sentence number {i}.\n" for i in range(8)))
     (tmp_path / "corpus.jsonl").write_text(
-        "".join(json.dumps({"text": f"text {i}"}) + "\n" for i in range(8))
+        "".join(json.dumps({"text": f"This is text {i}. It is one of eight texts."}) + "\n" for i in range(8))
     )
     pairs = [{"anchor": f"text {i}", "positive": f"the text {i}"} for i in range(8)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    (tmp_path / "project").mkdir()
+    code = 'def count(text):\n    """Count the words of a text."""\n    words = text.split()\n'
+    code += "    return len(words)\n"
+    (tmp_path / "project" / "words.py").write_text(code)
     (tmp_path / "stsbenchmark").mkdir()
     rows = [f"g\tf\ty\t{i}\t{i}\ttext {i}\ttext 4\n" for i in range(5)]
     (tmp_path / "stsbenchmark" / "sts-dev.csv").write_text("".join(rows))
 
     def small(name, variant):
         recipe = load_recipe(name, variant)
-        for step in recipe.steps:
-            short = {"chunk_tokens": 16} if step.kind == "mntp" else {}
-            vars(step.settings).update(max_steps=1, batch_size=2, **short)
-        recipe.model, recipe.steps[0].data = str(byte_llama), "articles.txt"
+        for stage in recipe.stages:
+            vars(stage).update(
+                max_steps=1, batch_size=2, **({"chunk_tokens": 16} if stage.name == "mntp" else {})
+            )
+        recipe.model, recipe.data = str(byte_llama), ["articles.txt", *recipe.data[1:]]
         return recipe
 
     monkeypatch.setattr("uncausal.encoder.cli.training.load_recipe", small)
@@ -70,9 +75,20 @@ def test_shell_lines_run_in_order(byte_llama, tmp_path, monkeypatch, capsys):
         if line.startswith("cat "):
             file, line = line.removeprefix("cat ").split(" | ")
             monkeypatch.setattr("sys.stdin", (tmp_path / file).open())
-        assert main(shlex.split(line)[1:]) == 0, (line, capsys.readouterr().err)
+        assert main(shlex.split(line, comments=True)[1:]) == 0, (line, capsys.readouterr().err)
     assert np.load("vectors.npy").shape == (8, 32)
     assert (tmp_path / "mistral-encoder" / "modules.json").exists()
+    for name in ("code", "prose", "mined"):
+        assert (tmp_path / f"{name}.jsonl").stat().st_size
+
+
+def test_other_shell_lines_are_understood():
+    """Lines that need data or a server, which are not run here."""
+    block = re.findall(r"```\n(uncausal .*?)```", README, re.DOTALL)
+    lines = [line for part in block for line in part.splitlines()]
+    assert len(lines) >= 4
+    for line in lines:
+        assert parse(shlex.split(line, comments=True)[1:]) is not None
 
 
 def test_file_tree_is_complete():

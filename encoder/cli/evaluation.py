@@ -2,31 +2,125 @@
 
 from __future__ import annotations
 
+import json
+import os
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
-from uncausal.encoder.cli.options import Json, Loading, report
+from uncausal.encoder.cli.options import Json, Loading, check_writable, report, require
+
+if TYPE_CHECKING:
+    from uncausal.encoder.evaluation.compare import Evaluation
+
+Split = Literal["train", "dev", "test"]
 
 
 def evaluate(
-    model: Positional[str],
-    data: Positional[Path],
+    model: Positional[Annotated[tuple[str, ...], arg(metavar="MODEL [MODEL ...]")]],
     /,
     *,
-    split: Literal["train", "dev", "test"] = "dev",
+    suite: Literal["mini"] | None = None,
+    tasks: tuple[str, ...] = (),
+    mteb: tuple[str, ...] = (),
+    words: bool = False,
+    shift: bool = False,
+    limit: int | None = None,
+    cache_dir: Path | None = None,
+    split: Split = "dev",
+    data_dir: Path | None = None,
+    instruct: bool = False,
+    plot: Path | None = None,
+    out: Annotated[Path | None, arg(metavar="FILE.json")] = None,
     loading: Loading = Loading(),
     as_json: Json = False,
 ) -> None:
-    """Print the Spearman correlation on an STS set, and tokens a second.
+    """Score models on a suite of tasks, or one on an STS set: eval MODEL STS_FILE.
 
     Args:
-        model: encoder folder, or anything `convert` takes.
-        data: STS Benchmark file, or the folder that holds sts-SPLIT.csv.
-        split: of the folder.
+        model: encoder folders, or anything `convert` takes; of several, every two are compared. Without
+            --suite, --mteb or --words: one model, and an STS Benchmark file or the folder of sts-SPLIT.csv.
+        suite: the mini suite, eight families of tasks on the sets in --data-dir, with bootstrap intervals.
+        tasks: only these tasks of the suite.
+        mteb: tasks of MTEB by name, or of the suite where there is a data directory, run by MTEB.
+        words: part of speech and entities, by a linear probe on the token states.
+        shift: with --words: take a token's state from the position before it, as MNTP predicts it.
+        limit: with --words: sentences that the probe learns on; 4000 by default.
+        cache_dir: with --words: folder that keeps the token states.
+        split: dev to choose by, test to report.
+        data_dir: folder with a folder for each set; by default the environment's UNCAUSAL_DATA.
+        instruct: put each task's instruction before its queries.
+        plot: draw scores and intervals; the suffix is the format.
+        out: file to write the scores to, as JSON.
     """
+    data_dir = data_dir or (Path(os.environ["UNCAUSAL_DATA"]) if os.environ.get("UNCAUSAL_DATA") else None)
+    chosen = [name for name, given in (("suite", suite), ("mteb", mteb), ("words", words)) if given]
+    if len(chosen) > 1:
+        raise ValueError(f"give one of {' and '.join('--' + name for name in chosen)} at a time")
+    kind = chosen[0] if chosen else "STS file"
+    refuse_unused(
+        kind,
+        {
+            "tasks": (tasks, ["suite"]),
+            "instruct": (instruct, ["suite", "mteb"]),
+            "shift": (shift, ["words"]),
+            "limit": (limit, ["words"]),
+            "cache-dir": (cache_dir, ["words"]),
+            "plot": (plot, ["suite", "words"]),
+            "out": (out, ["suite", "words"]),
+        },
+    )
+    if kind == "STS file":
+        if len(model) != 2:
+            raise ValueError("uncausal eval takes MODEL STS_FILE, or MODEL ... with --suite mini")
+        evaluate_sts_file(model[0], Path(model[1]), split, loading, as_json)
+        return
+    if not model:
+        raise ValueError("name a model, and others to compare it with")
+    for one in model:  # not found out once those before it have been scored
+        if one.startswith((".", "/", "~")) and not Path(one).exists():
+            raise FileNotFoundError(f"no model at {one!r}: give a folder, a .gguf file or a Hugging Face id")
+    for path in (plot, out):
+        if path is not None:
+            check_writable(path)
+    if kind == "mteb":
+        evaluate_by_mteb(model, mteb, split, data_dir, instruct, loading, as_json)
+        return
+    if data_dir is None:
+        raise ValueError("the data are missing: --data-dir (or UNCAUSAL_DATA) names their folder")
+    if split == "train":
+        raise ValueError("the splits are dev and test, not 'train'")
+    if kind == "words":
+        from uncausal.encoder.evaluation.words import evaluate_words, word_tasks
+
+        of_words = word_tasks(data_dir, split, 4000 if limit is None else limit)
+        options = loading.options(*model)
+        result = evaluate_words(model, of_words, shift=shift, cache_dir=cache_dir, load_options=options)
+    else:
+        from uncausal.encoder.evaluation.compare import INSTRUCT, evaluate_models
+        from uncausal.encoder.evaluation.suite import choose_tasks
+
+        result = evaluate_models(
+            model,
+            choose_tasks(data_dir, split, tasks),
+            instruct=INSTRUCT if instruct else None,
+            load_options=loading.options(*model),
+            encode_options={"show_progress_bar": sys.stderr.isatty()},
+        )
+    show(result, plot, out, as_json)
+
+
+def refuse_unused(kind: str, options: dict[str, tuple[Any, list[str]]]) -> None:
+    """Raise for the first option that was given and means nothing to this kind of evaluation."""
+    for name, (given, kinds) in options.items():
+        if given not in (None, False, ()) and kind not in kinds:
+            raise ValueError(f"--{name} goes with {' or '.join('--' + one for one in kinds)}")
+
+
+def evaluate_sts_file(model: str, data: Path, split: Split, loading: Loading, as_json: bool) -> None:
+    """Print the Spearman correlation on an STS set, and tokens a second."""
     from uncausal.encoder.evaluation.sts import evaluate_sts, read_sts
 
     try:
@@ -38,3 +132,50 @@ def evaluate(
     result = evaluate_sts(loading.load(model), pairs, show_progress_bar=sys.stderr.isatty())
     figures = {"spearman": round(result.spearman, 2), "tokens_per_second": round(result.tokens_per_second, 1)}
     report({**figures, "pairs": len(pairs)}, as_json)
+
+
+def evaluate_by_mteb(
+    models: tuple[str, ...],
+    names: tuple[str, ...],
+    split: Split,
+    data_dir: Path | None,
+    instruct: bool,
+    loading: Loading,
+    as_json: bool,
+) -> None:
+    """Print the main score of MTEB's tasks for every model."""
+    require("mteb", "mteb", "--mteb needs a package")
+    import mteb
+
+    from uncausal.encoder.evaluation.compare import INSTRUCT, load_model
+    from uncausal.encoder.evaluation.mteb import evaluate_mteb, main_scores
+    from uncausal.encoder.evaluation.suite import mini_suite
+
+    own = [] if data_dir is None or split == "train" else mini_suite(data_dir, split)
+    try:
+        for name in set(names) - {task.name for task in own}:
+            mteb.get_task(name)
+    except KeyError as error:
+        raise ValueError(f"--mteb: {str(error.args[0]).removeprefix('KeyError: ')}") from None
+    options, scores = loading.options(*models), {}
+    for model in models:
+        encoder = load_model(model, **options)
+        result = evaluate_mteb(encoder, names, own, instruct=INSTRUCT if instruct else None)
+        scores[model] = main_scores(result)
+    if as_json:
+        print(json.dumps(scores))
+        return
+    for model, of_model in scores.items():
+        print(model)
+        print("\n".join(f"  {name:30}{score:6.1f}" for name, score in of_model.items()))
+
+
+def show(result: Evaluation, plot: Path | None, out: Path | None, as_json: bool) -> None:
+    """Print an evaluation and write the files that were asked for."""
+    from uncausal.encoder.evaluation import report as reporting
+
+    if out is not None:
+        reporting.write_json(result, out)
+    if plot is not None:
+        reporting.plot(result, plot)
+    print(json.dumps(result.to_json()) if as_json else reporting.format_table(result))

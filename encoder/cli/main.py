@@ -25,9 +25,13 @@ COMMANDS = {  # name: (where it is, what it does); where a mapping is, its keys 
     "prune": ("models.prune", "keep the first layers, as many as L3Prune says"),
     "train": ("training.TRAIN", "train one stage: uncausal train STAGE"),
     "run": ("training.run", "run every step of a recipe"),
-    "eval": ("evaluation.evaluate", "Spearman correlation on an STS set, and tokens a second"),
-    "encode": ("encoding.encode", "write one vector per text"),
-    "search": ("encoding.search", "find the texts nearest to a query"),
+    "eval": ("evaluation.evaluate", "score models on a suite of tasks, MTEB, words or an STS set"),
+    "encode": ("encoding.encode", "write one vector per text, to a file or a folder of shards"),
+    "index": ("serving.index", "index a folder's code and text, or bring its index up to date"),
+    "search": ("encoding.search", "find the texts or passages nearest to a query"),
+    "serve": ("serving.serve", "answer requests for vectors over HTTP"),
+    "pairs": ("pairs.PAIRS", "make training pairs: uncausal pairs code, uncausal pairs prose"),
+    "mine": ("pairs.mine", "find hard negatives for pairs"),
     "demo": ("demo.demo", "SmolLM2-135M from language model to encoder, on real text, offline"),
 }
 
@@ -98,7 +102,7 @@ def parse(words: Sequence[str]) -> Callable[[], None] | None:
     if isinstance(command, Mapping):
         if not rest or rest[0] in ("-h", "--help"):
             lines = [f"  {name:14}{first_line(function)}" for name, function in command.items()]
-            print("\n".join([f"usage: {prog} STAGE ...", "", *lines]))
+            print("\n".join([f"usage: {prog} {{{','.join(command)}}} ...", "", *lines]))
             return None
         command, prog = command[known(rest[0], command)], f"{prog} {rest[0]}"
         rest = rest[1:]

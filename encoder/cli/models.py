@@ -39,6 +39,7 @@ def prune(
     keep: str | None = None,
     drop: float | None = None,
     limit: int | None = None,
+    min_score: float | None = None,
     loading: LoadingWhole = LoadingWhole(),
     as_json: Json = False,
 ) -> None:
@@ -51,10 +52,12 @@ def prune(
         keep: small, large (the default), or a number of layers.
         drop: fraction of the layers to drop instead.
         limit: read at most so many pairs (6400 by default, as in the paper).
+        min_score: of scored pairs, take those whose score is at least this.
     """
     from uncausal.encoder.pruning import Pruning, plot_layer_losses
 
     given = {"keep": int(keep) if keep and keep.isdigit() else keep, "drop": drop, "triplets": limit}
+    given["min_score"] = min_score
     if keep not in (None, "small", "large") and not keep.isdigit():
         raise ValueError(f"--keep takes small, large or a number of layers, not {keep!r}")
     pruning = Pruning(**{name: value for name, value in given.items() if value is not None})  # pyright: ignore

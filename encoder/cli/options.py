@@ -44,9 +44,14 @@ class Loading:
 
     def load(self, model: str) -> Encoder:
         """Load the model, with an error that names the option at fault."""
-        import torch
-
+        options = self.options(model)
         from uncausal.encoder.model import Encoder
+
+        return Encoder.from_pretrained(model, **options)
+
+    def options(self, *models: str) -> dict[str, Any]:
+        """The options of `Encoder.from_pretrained` for these models, once the device and GGUF are checked."""
+        import torch
 
         if self.device is not None:
             try:
@@ -54,12 +59,11 @@ class Loading:
             except (RuntimeError, AssertionError) as error:
                 reason = str(error).splitlines()[0]
                 raise ValueError(f"--device {self.device}: {reason}; leave it out, or use cpu") from None
-        if (self.gguf_file or model.endswith(".gguf")) and importlib.util.find_spec("gguf") is None:
-            raise ValueError(f"{model}: GGUF is read by a package: pip install 'uncausal[gguf]'")
-        options = {
-            name: value for name, value in vars(self).items() if name != "causal" and value is not None
-        }
-        return Encoder.from_pretrained(model, bidirectional=False if self.causal else None, **options)
+        for model in models:
+            if self.gguf_file or model.endswith(".gguf"):
+                require("gguf", "gguf", f"{model}: GGUF is read by a package")
+        given = {name: value for name, value in vars(self).items() if name != "causal" and value is not None}
+        return {**given, "bidirectional": False} if self.causal else given
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,12 @@ class LoadingWhole(Loading):
     """How the model is loaded, at its full depth."""
 
     num_layers: Suppress[None] = None
+
+
+def require(package: str, extra: str, what: str) -> None:
+    """Raise if a package is missing that comes with an extra of this one."""
+    if importlib.util.find_spec(package) is None:
+        raise ValueError(f"{what}: pip install 'uncausal[{extra}]'")
 
 
 def check_writable(output: Path, folder: bool = False) -> None:

@@ -23,6 +23,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from sentence_transformers import SentenceTransformer
 from tqdm.auto import tqdm
 
@@ -171,9 +172,14 @@ def read_corpus(folder: str | Path) -> pa.Table:
 def model_digest(encoder: SentenceTransformer) -> str:
     """Return a digest of all weights and of what the modules are set to."""
     digest = hashlib.sha256(repr(encoder).encode())
-    for name, tensor in encoder.state_dict().items():
+    for name, value in encoder.state_dict().items():
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).numpy(force=True).tobytes())
+        for part in value if isinstance(value, tuple) else [value]:  # an int8 weight comes with its bias
+            if isinstance(part, torch.Tensor):
+                plain = part.dequantize() if part.is_quantized else part
+                digest.update(plain.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+            else:
+                digest.update(repr(part).encode())
     return digest.hexdigest()[:16]
 
 

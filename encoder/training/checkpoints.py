@@ -36,9 +36,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# What does not change the result; a teacher's vectors are part of the data.
-FREE_TO_CHANGE = ("logging_steps", "save_steps", "eval_steps", "dataloader_num_workers", "report_to")
-FREE_TO_CHANGE += ("teacher", "vectors")
+FREE_TO_CHANGE = ("logging_steps", "save_steps", "eval_steps")
 FINAL, RECORD = "adapter", "training.json"
 
 
