@@ -244,6 +244,18 @@ def test_class_triplets_by_hand():
     assert rows["label"] == [0, 1, 0, 1, 2, 2]
 
 
+def test_class_triplets_of_one_large_class_and_of_a_text_in_two():
+    """Negatives were drawn from all rows, a hundred times at most, and could be the anchor's own text."""
+    texts, labels = [*(f"a{i}" for i in range(500)), "b1", "b2"], ["a"] * 500 + ["b"] * 2
+    found = class_triplets(texts, labels, negatives=2)
+    assert all(set(pair.negatives) == {"b1", "b2"} for pair in found[:500])
+    for seed in range(20):
+        for pair in class_triplets(["x", "y", "x", "z"], ["a", "a", "b", "b"], seed=seed):
+            assert pair.negatives == (["z"] if pair.id == "a" else ["y"])
+    with pytest.raises(DataError, match="row 1: fewer than 2 examples of other classes than 'a'"):
+        class_triplets(["x", "y", "x", "z"], ["a", "a", "b", "b"], negatives=2)
+
+
 def test_sentences():
     text = (
         "Dr. J. R. Smith met Mrs. Jones, e.g. in the U.S. in No. 7. Was it 3.5 km away? "

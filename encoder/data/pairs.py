@@ -107,8 +107,9 @@ def class_triplets(
 ) -> list[Pair]:
     """Make triplets of a set of classes (NV-Embed, arXiv 2405.17428, section 4.2).
 
-    Every text is an anchor; its positive is another example of its class, its negatives are examples of other
-    classes. The class becomes the id, so that examples of one class can be kept from being negatives.
+    Every text is an anchor; its positive is another example of its class, its negatives are texts of other
+    classes that its own has not too. The class becomes the id, so that examples of one class can be kept from
+    being negatives.
 
     Args:
         texts: the examples. labels: the class of each. places: of each, for messages.
@@ -125,6 +126,8 @@ def class_triplets(
     if len(members) < 2:
         raise DataError(f"{places[0]}: all rows have the label {labels[0]!r}: negatives need another class")
     rng = np.random.default_rng(seed)
+    own = {label: {texts[index] for index in rows} for label, rows in members.items()}
+    outside: dict[Any, list[str]] = {}
     pairs = []
     for text, label, place in zip(texts, labels, places, strict=True):
         others = [texts[i] for i in members[label] if texts[i] != text]
@@ -134,11 +137,16 @@ def class_triplets(
         for _ in range(100 * negatives):
             if len(wrong) == negatives:
                 break
-            index = int(rng.integers(len(texts)))
-            if labels[index] != label and texts[index] not in wrong:
-                wrong.append(texts[index])
-        if len(wrong) < negatives:
-            raise DataError(f"{place}: fewer than {negatives} examples of other classes than {label!r}")
+            drawn = texts[int(rng.integers(len(texts)))]
+            if drawn not in own[label] and drawn not in wrong:
+                wrong.append(drawn)
+        if len(wrong) < negatives:  # one class has nearly all rows: draw among the others themselves
+            if label not in outside:
+                outside[label] = list(dict.fromkeys(other for other in texts if other not in own[label]))
+            if len(outside[label]) < negatives:
+                raise DataError(f"{place}: fewer than {negatives} examples of other classes than {label!r}")
+            picked = rng.choice(len(outside[label]), negatives, replace=False)
+            wrong = [outside[label][index] for index in picked]
         pairs.append(Pair(place, text, others[int(rng.integers(len(others)))], wrong, id=label))
     return pairs
 
