@@ -195,6 +195,7 @@ def test_read_pairs_sets_tasks_and_ids(caplog):
         ([{**ROW, "negative_2": "d"}, ROW], {}, r":2: no field 'negative_2', and other rows have 2"),
         ([ROW, {**ROW, "negative": "b"}], {}, r":2: the field 'negative' equals the field 'positive': 'b'"),
         ([{**ROW, "score": "high"}], {"min_score": 1}, r":1: .*no number: 'high'"),
+        ([{**ROW, "score": "nan"}], {"min_score": 1}, r":1: .*no number: 'nan'"),
         ([{**ROW, "score": 0}], {"min_score": 1}, r"no pair with score >= 1"),
         ([{**ROW, "score": 1}, ROW], {"min_score": 1}, r":2: no field 'score'"),
         ([ROW], {"columns": ("anchor", "other")}, r":1: no field 'other'"),

@@ -8,6 +8,7 @@ each other) and `score`. A set of `text` and `label` alone becomes triplets by `
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -345,9 +346,12 @@ def _optional(row: Mapping[str, Any], name: str, place: str) -> str | None:
 
 def _number(value: Any, name: str, place: str) -> float:
     try:
-        return float(value)
+        number = float(value)
     except (TypeError, ValueError):
-        raise DataError(f"{place}: the field {name!r} is no number: {value!r}") from None
+        number = math.nan
+    if math.isnan(number):  # which no comparison with min_score leaves out
+        raise DataError(f"{place}: the field {name!r} is no number: {value!r}")
+    return number
 
 
 def _say_unused(rows: Sequence[tuple[str, Any]], unused: set[str]) -> None:
