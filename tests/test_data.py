@@ -223,6 +223,8 @@ def test_read_pairs_errors_name_file_row_and_field(tmp_path, rows, options, mess
         ({"anchor": ["a"], "positive": ["b", "c"]}, "columns of unequal length"),
         ({"x": [ROW], "y": [{"anchor": "a"}]}, "y: row 1: no pair among the fields"),
         ({}, "the data hold no set"),
+        ([{**ROW, "task": "t"}, ROW], "row 2: no field 'task', and other rows have one"),
+        ({"a": [{**ROW, "task": "b"}], "a/b": [ROW]}, "two sets have the name 'a/b'"),
     ],
 )
 def test_read_pairs_errors_in_memory(rows, message):

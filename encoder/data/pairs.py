@@ -91,8 +91,11 @@ def read_pairs(source: Any, **options: Any) -> Dataset | DatasetDict:
             raise DataError("the data hold no set")
         parts: dict[Any, Dataset] = {}
         for name, part in source.items():
-            read = _read_sets(part, settings, f"{name}: ")
-            parts |= {name if task is None else f"{name}/{task}": rows for task, rows in read.items()}
+            for task, rows in _read_sets(part, settings, f"{name}: ").items():
+                key = name if task is None else f"{name}/{task}"
+                if key in parts:
+                    raise DataError(f"two sets have the name {key!r}: rename one")
+                parts[key] = rows
         return DatasetDict(parts)
     parts = dict(_read_sets(source, settings))
     return parts[None] if parts.keys() == {None} else DatasetDict(parts)
@@ -171,6 +174,10 @@ def _read_sets(source: Any, options: PairOptions, prefix: str = "") -> dict[Any,
     tasks: dict[Any, list[Pair]] = defaultdict(list)
     for pair in pairs:
         tasks[pair.task].append(pair)
+    if len(tasks) > 1 and None in tasks:
+        raise DataError(
+            f"{tasks[None][0].place}: no field 'task', and other rows have one: give every row one"
+        )
     return {task: _dataset(part, options) for task, part in tasks.items()}
 
 
