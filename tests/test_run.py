@@ -138,6 +138,25 @@ def test_failed_run_leaves_the_encoder_as_it_was(checkpoint, tmp_path):
     assert (encoder.encode(TEXTS[:3]) == before).all() and encoder.max_seq_length == limit
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lora_targets": ["nothing"]}, "has no linear layer"),
+        (
+            {"lora_r": 0, "trainable_layers": [2]},
+            r"layers \[2\] do not exist: the model has the layers 0 to 1",
+        ),
+        ({"lora_r": 0, "trainable_layers": [-1]}, r"layers \[-1\] do not exist"),
+    ],
+)
+def test_refused_settings_leave_what_was_trainable(checkpoint, tmp_path, changes, message):
+    """All stayed frozen, and the corrected call left the pooling layer untrained without a word."""
+    encoder = load(checkpoint)
+    with pytest.raises(ValueError, match=message):
+        train(encoder, SimCSE(batch_size=8, **{**FAST, **changes}), TEXTS, tmp_path, progress=False)
+    assert all(parameter.requires_grad for parameter in encoder.parameters())
+
+
 def test_train_whole_layers_without_lora(checkpoint, tmp_path):
     encoder = load(checkpoint)
     before = {name: value.clone() for name, value in encoder.state_dict().items()}

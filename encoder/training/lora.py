@@ -56,9 +56,7 @@ def attach_lora(
         raise ValueError(f"{type(backbone).__name__} has no linear layer {missing}; it has {sorted(linear)}")
     if missing:
         logger.info("adapting every linear layer of %s: %s", type(backbone).__name__, sorted(linear))
-    outside = [index for index in trainable_layers or () if not 0 <= index < len(decoder)]
-    if outside:
-        raise ValueError(f"layers {outside} do not exist: the model has the layers 0 to {len(decoder) - 1}")
+    check_layers(decoder, trainable_layers)
     config = LoraConfig(
         r=r,
         lora_alpha=alpha,
@@ -71,6 +69,13 @@ def attach_lora(
     if getattr(backbone, "peft_config", None):
         raise ValueError("the backbone already carries an adapter: merge or unload it first")
     return get_peft_model(backbone, config)
+
+
+def check_layers(decoder: Any, trainable_layers: Sequence[int] | None) -> None:
+    """Refuse numbers of layers that the model does not have."""
+    outside = [index for index in trainable_layers or () if not 0 <= index < len(decoder)]
+    if outside:
+        raise ValueError(f"layers {outside} do not exist: the model has the layers 0 to {len(decoder) - 1}")
 
 
 def save_trainable(model: nn.Module, adapter: PeftModel | None, path: Path) -> None:

@@ -31,7 +31,7 @@ from uncausal.encoder.training.checkpoints import (
     save_final,
     step_of,
 )
-from uncausal.encoder.training.lora import attach_lora, load_trainable
+from uncausal.encoder.training.lora import attach_lora, check_layers, load_trainable
 from uncausal.encoder.training.progress import Progress, StopOnSignal, TrainingInterrupted
 from uncausal.encoder.training.ranks import process_state, together, total
 from uncausal.encoder.training.stages.base import LossFactory, Stage
@@ -141,31 +141,32 @@ def _trainable(encoder: SentenceTransformer, stage: Stage) -> Iterator[PeftModel
     dtypes = [parameter.dtype for parameter, _ in flags]
     for parameter, _ in flags:
         parameter.requires_grad_(False)
-    adapter = None
-    if stage.lora_r:
-        adapter = attach_lora(
-            backbone,
-            r=stage.lora_r,
-            alpha=stage.lora_alpha,
-            dropout=stage.lora_dropout,
-            target_modules=stage.lora_targets,
-            trainable_layers=stage.trainable_layers,
-        )
-    else:
-        layers = decoder_layers(backbone)
-        for index in range(len(layers)) if stage.trainable_layers is None else stage.trainable_layers:
-            layers[index].requires_grad_(True)
-    inside = {id(parameter) for parameter in backbone.parameters()}
-    if stage.trains_pooling:
-        for parameter, flag in flags:
-            if id(parameter) not in inside:
-                parameter.requires_grad_(flag)
-    before = [(p, p.detach().clone()) for p, _ in flags if p.requires_grad]
-    if not stage.lora_r:
-        # A step is smaller than the last place of most half precision weights, and would be rounded away.
-        for parameter, _ in flags:
-            parameter.data = parameter.data.float()
+    adapter, before = None, []
     try:
+        if stage.lora_r:
+            adapter = attach_lora(
+                backbone,
+                r=stage.lora_r,
+                alpha=stage.lora_alpha,
+                dropout=stage.lora_dropout,
+                target_modules=stage.lora_targets,
+                trainable_layers=stage.trainable_layers,
+            )
+        else:
+            layers = decoder_layers(backbone)
+            check_layers(layers, stage.trainable_layers)
+            for index in range(len(layers)) if stage.trainable_layers is None else stage.trainable_layers:
+                layers[index].requires_grad_(True)
+        inside = {id(parameter) for parameter in backbone.parameters()}
+        if stage.trains_pooling:
+            for parameter, flag in flags:
+                if id(parameter) not in inside:
+                    parameter.requires_grad_(flag)
+        before += [(p, p.detach().clone()) for p, _ in flags if p.requires_grad]
+        if not stage.lora_r:
+            # A step is smaller than the last place of most half precision weights, and would be rounded away.
+            for parameter, _ in flags:
+                parameter.data = parameter.data.float()
         yield adapter
         _to_dtypes(flags, dtypes)
     except BaseException:
