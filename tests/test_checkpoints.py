@@ -9,6 +9,7 @@ import pytest
 import torch
 from datasets import Dataset, DatasetDict
 from safetensors.torch import load_file, save_file
+from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
 from tiny import FAST, TEXTS, Signal, load, losses
 from transformers import TrainerCallback
 
@@ -174,6 +175,14 @@ def test_adapter_of_another_run_is_never_merged(checkpoint, tmp_path):
         train(load(checkpoint), SimCSE(seed=2, **stage), TEXTS, tmp_path / "2", progress=False)
 
 
+class Scaled(torch.nn.Module):
+    """A loss that tells nothing of itself."""
+
+    def __init__(self, scale):
+        super().__init__()
+        self.scale = scale
+
+
 class TwiceInfoNCE(InfoNCELoss):
     """Another loss."""
 
@@ -207,6 +216,12 @@ def test_run_is_told_apart_by_all_that_shapes_it(checkpoint):
     assert changed(lambda e: e.backbone.layers[1].mlp.down_proj.weight.data[-1, -1].add_(1)) == {"model"}
     encoder = load(checkpoint)
     assert changes(encoder=encoder, loss=TwiceInfoNCE(encoder)) == {"loss"}
+    told_of = [
+        told(encoder, loss=make(temperature))["loss"]
+        for temperature in (0.05, 0.1)
+        for make in (lambda t: Scaled(t), lambda t: MatryoshkaLoss(encoder, InfoNCELoss(encoder, t), [32, 8]))
+    ]
+    assert all(told_of.count(one) == 1 for one in told_of)  # an inner loss, and one's own, told its name only
     rows = {"anchor": ["a", "B", "c"], "positive": ["d", "e", "f"]}
     assert changes(encoder=encoder, dataset=DatasetDict(one=Dataset.from_dict(rows))) == {"data"}
     assert digest(data) != digest(DatasetDict(two=data["one"]))

@@ -82,7 +82,7 @@ def describe(
         "modules": [_settings(module) for module in encoder],
         "encoder_prompts": encoder.prompts,
         "tokenizer": f"{zlib.crc32(_tokenizer(encoder.tokenizer).encode()):08x}",
-        "loss": None if loss is None else _settings(loss),
+        "loss": None if loss is None else _loss_settings(loss, encoder),
         "data": f"{digest(dataset):08x}",
         "processes": PartialState().num_processes,
     }
@@ -179,6 +179,18 @@ def _settings(module: Any) -> dict[str, Any]:
     kind = type(module)
     config = module.get_config_dict() if hasattr(module, "get_config_dict") else {}
     return {"kind": f"{kind.__module__}.{kind.__qualname__}", **config}
+
+
+def _loss_settings(loss: nn.Module, encoder: nn.Module) -> list[dict[str, Any]]:
+    """Those of a loss and of the losses inside it; of one that does not tell them, its plain attributes."""
+    of_encoder = set(encoder.modules())
+    plain = (bool, int, float, str, list, tuple)
+    return [
+        {k: v for k, v in vars(part).items() if isinstance(v, plain) and k[0] != "_" and k != "training"}
+        | _settings(part)
+        for part in loss.modules()
+        if part not in of_encoder
+    ]
 
 
 def _mode(backbone: Any) -> str:
