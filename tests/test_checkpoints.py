@@ -155,6 +155,25 @@ def test_record_of_a_run_that_failed_at_its_start_is_replaced(checkpoint, tmp_pa
     assert train(load(checkpoint), SimCSE(**stage), TEXTS, tmp_path, progress=False).steps == 2
 
 
+def test_run_killed_while_it_removes_the_old_one_leaves_nothing_half(checkpoint, tmp_path, monkeypatch):
+    """A checkpoint that had lost its adapter passed for one whose tensors are finite."""
+    stage = SimCSE(max_steps=2, batch_size=8, **{**FAST, "save_steps": 1})
+    whole = train(load(checkpoint), stage, TEXTS, tmp_path, progress=False)
+
+    def killed(path, *args, **kwargs):
+        (path / adapters.ADAPTER_FILE).unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        (tmp_path / "adapter").rename(tmp_path / "aside")  # the first to go is a checkpoint
+        patch.setattr(shutil, "rmtree", killed)
+        train(load(checkpoint), stage, TEXTS, tmp_path, resume=False, progress=False)
+    shutil.rmtree(tmp_path / "checkpoint-2")
+    again = train(load(checkpoint), stage, TEXTS, tmp_path, progress=False)
+    assert again.steps == 2 and losses(again) == losses(whole)
+    assert not list(tmp_path.glob(".saving-*"))
+
+
 def test_adapter_of_another_run_is_never_merged(checkpoint, tmp_path):
     """With its record gone, or another folder's adapter moved in, it was merged without a word."""
     stage = {"max_steps": 1, "batch_size": 8, **FAST}

@@ -38,6 +38,7 @@ logger = logging.getLogger(__name__)
 
 FREE_TO_CHANGE = ("logging_steps", "save_steps", "eval_steps")
 FINAL, RECORD = "adapter", "training.json"
+UNWANTED = ".saving-"  # starts the name of what is not whole yet, or no longer; the next run removes it
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -52,14 +53,25 @@ def step_of(checkpoint: Path) -> int:
 
 def last_checkpoint(run: Path) -> Path | None:
     """The last checkpoint whose tensors are finite; those behind it that are not are removed."""
-    for path in reversed(checkpoints(run)):
-        files = [path / name for name in (ADAPTER_FILE, EXTRA_FILE) if (path / name).exists()]
-        if all(bool(tensor.isfinite().all()) for file in files for tensor in _read(file)):
-            return path
-        logger.warning("%s holds weights that are not finite: going on from the one before", path)
-        if PartialState().is_main_process:
-            shutil.rmtree(path, ignore_errors=True)
-    return None
+    last, bad = None, []
+    with together():  # a process that removes what another still reads would part their ways
+        for path in reversed(checkpoints(run)):
+            files = [path / name for name in (ADAPTER_FILE, EXTRA_FILE) if (path / name).exists()]
+            if all(bool(tensor.isfinite().all()) for file in files for tensor in _read(file)):
+                last = path
+                break
+            logger.warning("%s holds weights that are not finite: going on from the one before", path)
+            bad.append(path)
+    if PartialState().is_main_process:
+        for path in bad:
+            remove(path)
+    return last
+
+
+def remove(path: Path) -> None:
+    """Remove a checkpoint or an adapter at once: one that is half there must not look whole."""
+    if path.exists():
+        shutil.rmtree(path.rename(path.with_name(f"{UNWANTED}{path.name}")), ignore_errors=True)
 
 
 def describe(
@@ -113,11 +125,11 @@ def open_run(run: Path, description: dict[str, Any], resume: bool) -> None:
     record = run / "run.json"
     with together():
         if PartialState().is_main_process:
-            for old in run.glob(".saving-*"):
+            for old in run.glob(f"{UNWANTED}*"):
                 shutil.rmtree(old, ignore_errors=True)
             if not resume:
                 for old in [run / FINAL, *checkpoints(run)]:
-                    shutil.rmtree(old, ignore_errors=True)
+                    remove(old)
             try:
                 run.mkdir(parents=True, exist_ok=True)
                 if not (run / FINAL).exists() and not checkpoints(run):

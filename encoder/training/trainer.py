@@ -23,7 +23,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from uncausal.encoder import attention as packed_attention
-from uncausal.encoder.training.checkpoints import checkpoints
+from uncausal.encoder.training.checkpoints import UNWANTED, checkpoints
 from uncausal.encoder.training.lora import load_trainable, save_trainable
 from uncausal.encoder.training.ranks import anywhere, together, total
 from uncausal.encoder.training.samplers import AllSteps
@@ -94,7 +94,7 @@ class StageTrainer(Trainer):
         self.check_finite()
         run, name = Path(str(self.args.output_dir)), f"checkpoint-{self.state.global_step}"
         # One name for all processes of the run, each of which writes its random state there.
-        staging = self._staging = run / f".saving-{self.state.global_step}"
+        staging = self._staging = run / f"{UNWANTED}{self.state.global_step}"
         try:
             with together():
                 super()._save_checkpoint(model, trial)
