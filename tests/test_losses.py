@@ -351,9 +351,10 @@ def test_masked_next_token_loss_nothing_masked():
     hidden, labels, weight = mntp_inputs(2, 6)
     labels.fill_(-100)
     labels[:, 0] = 7  # no position before it
-    loss = masked_next_token_loss(hidden, labels, weight)
-    loss.backward()
-    assert loss.item() == 0 and hidden.grad is not None and not hidden.grad.any()
+    for count in (None, 0, torch.tensor(0)):  # a batch of special tokens alone was counted, and gave NaN
+        loss = masked_next_token_loss(hidden, labels, weight, num_items=count)
+        loss.backward()
+        assert loss.item() == 0 and hidden.grad is not None and not hidden.grad.any()
 
 
 def test_masked_next_token_loss_rejects():

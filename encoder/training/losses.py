@@ -277,4 +277,5 @@ def masked_next_token_loss(
     else:
         parts = zip(rows.split(step), targets.split(step), strict=True)
         total = torch.stack([checkpoint(chunk_loss, r, t, use_reentrant=False) for r, t in parts]).sum()
-    return total / (max(len(masked), 1) if num_items is None else num_items)
+    items = torch.as_tensor(len(masked) if num_items is None else num_items)
+    return total / items.clamp(min=1)
