@@ -207,6 +207,12 @@ def test_info_nce_loss_rejects():
             InfoNCELoss(model, **limits)
     with pytest.raises(ValueError, match="at least the columns"):
         InfoNCELoss(model)(batch(1), None)
+    alone = InfoNCELoss(model, in_batch_negatives=False, matryoshka_dims=[4])  # took them for all that
+    with pytest.raises(ValueError, match="needs hard_negatives"):
+        alone(batch(2), None)
+    wide = InfoNCELoss(model, symmetric=True, matryoshka_dims=[4, DIM + 1])  # took what there was
+    with pytest.raises(ValueError, match=r"matryoshka_dims from 1 to 16, got \[4, 17\]"):
+        wide(batch(2), None)
     with pytest.raises(ValueError, match="one label per anchor"):
         InfoNCELoss(model, labels_as_ids=True)(batch(2), torch.zeros(3))
 

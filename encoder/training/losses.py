@@ -135,7 +135,10 @@ class InfoNCELoss(CachedLossMixin, nn.Module):
         if not self.matryoshka_dims:
             return self._info_nce(query, key, hard, ids)
         dims, weights = self.matryoshka_dims, self.matryoshka_weights
+        if not all(1 <= d <= query.shape[1] for d in dims):
+            raise ValueError(f"expected matryoshka_dims from 1 to {query.shape[1]}, got {dims}")
         plain = hard is None and not self.symmetric and self.margin is None and self.normalize
+        plain &= self.in_batch_negatives
         if plain and not self.gather_across_devices and key.device.type == "cpu" and torch.is_grad_enabled():
             return info_nce_prefixes(query, key, dims, weights=weights, temperature=self.temperature, ids=ids)
         terms = [
