@@ -44,6 +44,16 @@ def test_weighted_sets_by_hand():
     assert kinds != sorted(kinds, key=min)
 
 
+def test_a_set_of_weight_two_is_batched_anew():
+    """A sampler that draws from its epoch's number gave the same batches again."""
+    rows = Dataset.from_dict({"text": ["x" * (1 + i % 4) for i in range(64)]})
+    generator = torch.Generator()
+    inner = LengthGrouped(rows, 2, True, generator=generator)
+    sampler = WeightedSets(ConcatDataset([rows]), [inner], generator, 0, weights=[2])  # pyright: ignore
+    batches = [frozenset(batch) for batch in AllSteps(sampler, 128)]
+    assert len(set(batches)) > 100 and sorted(sum(map(list, batches[:64]), [])) == sorted([*range(64)] * 2)
+
+
 def blended(seed=0):
     options = {"sizes": [12, 4, 6], "weights": [1, 2, 0.5], "generator": torch.Generator(), "seed": seed}
     return Blended(range(22), 4, True, **options)

@@ -1,6 +1,7 @@
 """The order of the batches."""
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import accumulate, count, islice
 from typing import Any
 
@@ -56,9 +57,14 @@ class WeightedSets(MultiDatasetDefaultBatchSampler):
         starts = [0, *accumulate(sizes)]
         schedule = torch.tensor([i for i, count in enumerate(self.counts) for _ in range(count)])
         order = torch.randperm(len(schedule), generator=self.generator)
-        batches = [_passes(lambda _, sampler=sampler: iter(sampler)) for sampler in self.batch_samplers]
+        batches = [_passes(partial(self._one_pass, sampler)) for sampler in self.batch_samplers]
         for index in schedule[order].tolist():
             yield [starts[index] + row for row in next(batches[index])]
+
+    def _one_pass(self, sampler: Any, number: int) -> Iterator[list[int]]:
+        # Some samplers draw from their epoch alone: every pass of one epoch needs an epoch of its own.
+        sampler.set_epoch(self.epoch + (number << 20))
+        return iter(sampler)
 
 
 class Blended(DefaultBatchSampler):
