@@ -8,6 +8,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 from uncausal import Encoder, train
+from uncausal.encoder.data.rows import DataError
 from uncausal.encoder.training.stages.distill import Distill, UnitDistance
 
 WORDS = "the a cat dog king sees likes paints river music two apples long road home".split()
@@ -74,6 +75,19 @@ def test_own_full_depth_teaches_the_pruned(tiny_checkpoint, tmp_path):
     assert json.loads(file.with_suffix(".json").read_text())["teacher"] == str(tmp_path / "teacher")
     changed = Distill(teacher="no such model", vectors=str(file))
     assert np.allclose(np.linalg.norm(changed.targets(TEXTS, "cpu"), axis=1), 1)
+
+
+def test_refused_run_leaves_no_map_behind(tiny_checkpoint, tmp_path):
+    """The encoder had a random map after a call that did nothing but raise."""
+    np.save(tmp_path / "vectors.npy", bag_of_words(16))
+    stage = {"vectors": str(tmp_path / "vectors.npy"), "max_steps": 1, **FAST}
+    train(load(tiny_checkpoint), Distill(**stage), TEXTS, tmp_path / "run", progress=False)
+    encoder = load(tiny_checkpoint)
+    with pytest.raises(ValueError, match="differs in seed"):
+        train(encoder, Distill(seed=1, **stage), TEXTS, tmp_path / "run", progress=False)
+    assert len(encoder) == 2 and encoder.get_embedding_dimension() == 32
+    with pytest.raises(DataError, match="the data hold 9 rows, fewer than a batch of 16"):
+        Distill(**stage).prepare(encoder, TEXTS[:9])
 
 
 def test_loss_is_two_minus_two_cosines():

@@ -102,7 +102,22 @@ def train(
         TrainingInterrupted: Ctrl-C; a checkpoint was written and the same call goes on from it.
         FloatingPointError: the loss became infinite or NaN.
     """
-    run, state = Path(output_dir), process_state(encoder.device)
+    with _modules_as_before(encoder):
+        return _train(encoder, stage, data, Path(output_dir), resume, eval, loss, callbacks, progress)
+
+
+def _train(
+    encoder: SentenceTransformer,
+    stage: Stage,
+    data: Any,
+    run: Path,
+    resume: bool,
+    eval: Callable[[SentenceTransformer], Mapping[str, float]] | None,
+    loss: LossFactory | None,
+    callbacks: Sequence[TrainerCallback],
+    progress: bool,
+) -> TrainResult:
+    state = process_state(encoder.device)
     set_seed(stage.seed)
     own = None if loss is None else loss(encoder)
     dataset = stage.prepare(encoder, data, own)
@@ -131,6 +146,17 @@ def train(
     encoder.eval()
     metrics = {} if eval is None else {name: float(value) for name, value in eval(encoder).items()}
     return TrainResult(**record, metrics=metrics, adapter=run / FINAL, lost_in_merge=lost)
+
+
+@contextmanager
+def _modules_as_before(encoder: SentenceTransformer) -> Iterator[None]:
+    """If the block fails, take out the modules that a stage appended."""
+    count = len(encoder)
+    try:
+        yield
+    except BaseException:
+        del encoder[count:]
+        raise
 
 
 @contextmanager

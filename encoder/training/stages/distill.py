@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer
@@ -54,12 +55,16 @@ class Distill(PairStage):
         texts = list(read_texts(data) if isinstance(data, str | Path) else data)
         if not texts:
             raise ValueError("Distill needs texts; found none")
+        self.check_size("the data hold", len(texts))
         targets = self.targets(texts, str(encoder.device))
         width, wanted = encoder.get_embedding_dimension(), targets.shape[1]
         if width != wanted:
             assert width is not None
             logger.info("appending a linear map from %d to the teacher's %d features", width, wanted)
-            encoder.append(Dense(width, wanted, activation_function=nn.Identity()).to(encoder.device))
+            with torch.random.fork_rng(devices=[]):  # whether or not a teacher was loaded before
+                torch.manual_seed(self.seed)
+                added = Dense(width, wanted, activation_function=nn.Identity())
+            encoder.append(added.to(encoder.device))
         return Dataset.from_dict({"text": texts, "label": list(targets)})
 
     def targets(self, texts: list[str], device: str) -> np.ndarray:
