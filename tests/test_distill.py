@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Dense
+from tiny import Signal
 
 from uncausal import Encoder, train
 from uncausal.encoder.data.rows import DataError
+from uncausal.encoder.training.progress import TrainingInterrupted
 from uncausal.encoder.training.stages.distill import Distill, UnitDistance
 
 WORDS = "the a cat dog king sees likes paints river music two apples long road home".split()
@@ -75,6 +78,24 @@ def test_own_full_depth_teaches_the_pruned(tiny_checkpoint, tmp_path):
     assert json.loads(file.with_suffix(".json").read_text())["teacher"] == str(tmp_path / "teacher")
     changed = Distill(teacher="no such model", vectors=str(file))
     assert np.allclose(np.linalg.norm(changed.targets(TEXTS, "cpu"), axis=1), 1)
+
+
+def test_map_does_not_depend_on_who_wrote_the_vectors(tiny_checkpoint, tmp_path):
+    """Loading the teacher drew random numbers, the map began elsewhere, and no run could be resumed."""
+    teacher = load(tiny_checkpoint)
+    teacher.append(Dense(32, 16))
+    teacher.save_pretrained(str(tmp_path / "teacher"))
+    stage = Distill(
+        teacher=str(tmp_path / "teacher"), vectors=str(tmp_path / "vectors.npy"), max_steps=4, **FAST
+    )
+    with pytest.raises(TrainingInterrupted):
+        train(load(tiny_checkpoint), stage, TEXTS, tmp_path / "run", callbacks=[Signal(2)], progress=False)
+    resumed = train(load(tiny_checkpoint), stage, TEXTS, tmp_path / "run", progress=False)
+    assert resumed.steps == 2
+    whole, again = load(tiny_checkpoint), load(tiny_checkpoint)
+    train(whole, stage, TEXTS, tmp_path / "whole", progress=False)
+    train(again, stage, TEXTS, tmp_path / "run", progress=False)
+    assert np.array_equal(whole.encode(TEXTS[:9]), again.encode(TEXTS[:9]))
 
 
 def test_refused_run_leaves_no_map_behind(tiny_checkpoint, tmp_path):

@@ -124,6 +124,7 @@ def _train(
     module = own or stage.make_loss(encoder, dataset)
     description = describe(encoder, stage, dataset, module)
     open_run(run, description, resume)
+    set_seed(stage.seed)  # whatever the data drew: loading a teacher does
     with _trainable(encoder, stage) as adapter:
         if (run / FINAL).exists():
             logger.info("%s: already trained, merging %s", stage.name, run / FINAL)
