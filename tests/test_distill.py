@@ -120,6 +120,21 @@ def test_loss_is_two_minus_two_cosines():
     assert UnitDistance(Fixed())([{}], labels).item() == pytest.approx((2 + 0) / 2)  # type: ignore[arg-type]
 
 
+def test_mini_batches_change_no_loss(tiny_checkpoint, tmp_path):
+    """The setting was ignored, and all texts of a batch were in memory at once."""
+    np.save(tmp_path / "vectors.npy", bag_of_words(16))
+    curves, rows = [], []
+    for size in (None, 4):
+        encoder = load(tiny_checkpoint)
+        encoder[1].register_forward_hook(lambda m, a, out: rows.append(len(out["sentence_embedding"])))
+        options = {**FAST, "logging_steps": 1, "max_steps": 3, "lora_dropout": 0.0, "mini_batch_size": size}
+        stage = Distill(vectors=str(tmp_path / "vectors.npy"), **options)
+        result = train(encoder, stage, TEXTS, tmp_path / str(size), progress=False)
+        curves.append([line["loss"] for line in result.history if "loss" in line])
+    assert curves[1] == pytest.approx(curves[0], abs=1e-5) and curves[0][0] != curves[0][2]
+    assert set(rows) == {16, 4} and rows.count(16) == 3
+
+
 def test_wrong_vectors_are_refused(tiny_checkpoint, tmp_path):
     encoder, file = load(tiny_checkpoint), tmp_path / "vectors.npy"
     with pytest.raises(ValueError, match=r"Distill.teacher is None; it must be a model's name"):

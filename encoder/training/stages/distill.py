@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.losses.gradcache import CachedLossMixin
 from sentence_transformers.base.modules import Dense
 from torch import Tensor, nn
 
@@ -97,24 +98,41 @@ class Distill(PairStage):
         return vectors.astype(np.float32) / norms
 
     def make_loss(self, encoder: SentenceTransformer, dataset: Any = None) -> nn.Module:
-        return UnitDistance(encoder)
+        return UnitDistance(encoder, self.mini_batch_size)
 
 
-class UnitDistance(nn.Module):
+class UnitDistance(CachedLossMixin, nn.Module):
     """The squared distance of unit vectors, 2 - 2 cos, between the encoder's and its targets.
 
     Args:
         model: the encoder.
+        mini_batch_size: texts embedded at a time, by GradCache; all at once by default.
     """
 
-    def __init__(self, model: SentenceTransformer):
+    def __init__(self, model: SentenceTransformer, mini_batch_size: int | None = None):
         super().__init__()
         self.model = model
+        self.mini_batch_size, self.mini_batch_num_tokens = mini_batch_size or 0, None
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor) -> Tensor:
         """Return the mean over the batch; labels are (B, D) unit vectors."""
+        if self.mini_batch_size:
+            return self.forward_cached(sentence_features, labels)
         [features] = sentence_features
-        vectors = F.normalize(self.model(features)["sentence_embedding"].float(), dim=1)
+        return self._distance(self.model(features)["sentence_embedding"], labels)
+
+    def calculate_loss(
+        self, reps: list[list[Tensor]], labels: Tensor, *, with_backward: bool = False
+    ) -> Tensor:
+        """The loss of cached embeddings, one column of mini-batches."""
+        loss = self._distance(torch.cat(reps[0]), labels)
+        if with_backward:
+            loss.backward()
+            loss = loss.detach()
+        return loss
+
+    def _distance(self, vectors: Tensor, labels: Tensor) -> Tensor:
+        vectors = F.normalize(vectors.float(), dim=1)
         return (vectors - labels.to(vectors)).square().sum(1).mean()
 
 
