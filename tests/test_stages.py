@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from tiny import FAST, PAIRS, TEXTS, load, losses, save_checkpoint
+from transformers import TrainerCallback
 
 from uncausal.encoder.data.rows import DataError
 from uncausal.encoder.data.texts import chunk_texts
@@ -64,6 +65,9 @@ def test_attention_dropout_acts_and_is_restored(checkpoint, attention):
         encoder.eval()
         assert torch.equal(*passes())
         encoder.train()
+    assert torch.equal(*passes()) and encoder.backbone.config.attention_dropout == 0.0
+    with pytest.raises(ZeroDivisionError), attention_dropout(encoder.backbone, 0.3):
+        raise ZeroDivisionError
     assert torch.equal(*passes()) and encoder.backbone.config.attention_dropout == 0.0
 
 
@@ -233,8 +237,9 @@ def test_batches_are_of_one_dataset(checkpoint, tmp_path):
         ({"lr_scheduler_type": "constant"}, [1.0, 1.0, 1.0, 1.0]),
         ({"lr_scheduler_type": "linear"}, [1.0, 0.75, 0.5, 0.25]),
         ({"lr_scheduler_type": "linear", "schedule_steps": 40}, [1.0, 0.975, 0.95, 0.925]),
+        ({"lr_scheduler_type": "linear", "schedule_steps": 6, "warmup_steps": 2}, [0.0, 0.5, 1.0, 0.75]),
     ],
-    ids=["constant", "linear", "horizon"],
+    ids=["constant", "linear", "horizon", "warmup"],
 )
 def test_learning_rate_follows_its_schedule(checkpoint, tmp_path, settings, rates):
     """Any schedule passed for linear; and a run stopped early had to let its rate decay to 0."""
@@ -242,6 +247,37 @@ def test_learning_rate_follows_its_schedule(checkpoint, tmp_path, settings, rate
     result = train(load(checkpoint), stage, TEXTS[:8], tmp_path, progress=False)
     found = [line["learning_rate"] for line in result.history if "loss" in line]
     assert found == pytest.approx([1e-3 * rate for rate in rates])
+
+
+def test_optimizer_has_the_stages_settings(checkpoint, tmp_path):
+    found = []
+
+    class Look(TrainerCallback):
+        def on_step_begin(self, args, state, control, *, optimizer, **kwargs):
+            found.append((max(group["weight_decay"] for group in optimizer.param_groups), args.max_grad_norm))
+
+    stage = SimCSE(max_steps=1, batch_size=4, weight_decay=0.25, max_grad_norm=0.5, **FAST)
+    train(load(checkpoint), stage, TEXTS[:8], tmp_path, callbacks=[Look()], progress=False)
+    assert found == [(0.25, 0.5)]
+
+
+def test_ids_of_different_sets_are_different(checkpoint):
+    """Ids of one set hide its rows from each other, never from those of another set."""
+    encoder, stage = load(checkpoint), Contrastive(batch_size=2, blend=True)
+    rows = [{"anchor": a, "positive": b, "id": i // 2} for i, (a, b) in enumerate(PAIRS[:4])]
+    dataset = stage.prepare(encoder, {"one": rows, "none": PAIRS[4:6], "two": rows})
+    assert [part["label"][:] for part in dataset.values()] == [[0, 0, 1, 1], [2, 3], [4, 4, 5, 5]]
+    assert stage.make_loss(encoder, dataset).labels_as_ids
+    assert not stage.make_loss(encoder, stage.prepare(encoder, PAIRS)).labels_as_ids
+
+
+def test_mntp_never_masks_special_tokens(checkpoint):
+    encoder = load(checkpoint)
+    found = MNTP(mask_token="king").mask_settings(encoder.tokenizer, encoder.backbone)
+    assert found["special_ids"].tolist() == [0, 1, 2] and found["vocab_size"] == len(encoder.tokenizer)
+    assert found["mask_id"] == encoder.tokenizer("king")["input_ids"][0]
+    with pytest.raises(ValueError, match="no token 'nothing' to mask with"):
+        MNTP(mask_token="nothing").mask_settings(encoder.tokenizer, encoder.backbone)
 
 
 def test_mntp_micro_batches_divide_by_the_batchs_masked_tokens(checkpoint, tmp_path):
@@ -265,6 +301,10 @@ def test_masked_chunks_depend_on_their_number_alone():
     again = MaskedChunks(chunks, 14, 3, {**mask, "special_ids": torch.tensor([])})
     for i in (13, 0, 7):
         assert all(torch.equal(again[i][name], first[i][name]) for name in first[i])
+    other = MaskedChunks(chunks, 14, 4, {**mask, "special_ids": torch.tensor([])})
+    assert [(other[i]["labels"] != -100).tolist() for i in range(3)] != [
+        (first[i]["labels"] != -100).tolist() for i in range(3)
+    ]
     places = {tuple((row["labels"] != -100).tolist()) for row in first}
     assert len(places) == 14
     whole = [torch.where(row["labels"] != -100, row["labels"], row["input_ids"]) for row in first]
