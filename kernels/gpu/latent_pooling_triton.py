@@ -17,7 +17,6 @@ sums (F, or F / 2 with a gate). Weights are (out, in).
 # Triton's launch options and jit types are unknown to the type checker.
 # pyright: reportArgumentType=false, reportIndexIssue=false, reportCallIssue=false
 
-
 import torch
 import triton
 import triton.language as tl
