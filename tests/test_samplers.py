@@ -67,6 +67,9 @@ def test_blended_by_hand():
     assert all(rows.count(row) <= 1 for row in (*range(12), *range(16, 22)))
     assert all(rows.count(row) <= 2 for row in range(12, 16)) and sum(row >= 16 for row in rows) <= 3
     assert any(len({(row >= 12) + (row >= 16) for row in batch}) > 1 for batch in batches)
+    one = Blended(range(22), 1, True, sizes=[12, 4, 6], weights=[1, 2, 0.5], generator=torch.Generator())
+    rows = [row for (row,) in one]
+    assert [rows.count(row) for row in range(16)] == [1] * 12 + [2] * 4 and len(rows) == 23
     with pytest.raises(ValueError, match="weights leave 2 rows, fewer than a batch of 4"):
         Blended(range(4), 4, True, sizes=[4], weights=[0.5])
 
