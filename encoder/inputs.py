@@ -7,6 +7,7 @@ token).
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 from collections.abc import Sequence
@@ -143,6 +144,7 @@ class PackedTransformer(Transformer):
         if not all(isinstance(text, str) for text in inputs):
             return super().preprocess(inputs, prompt=prompt, **kwargs)  # type: ignore[arg-type]
         check_not_empty(inputs)
+        check_unicode(inputs)
         packed = self.can_flatten_inputs and not kwargs.get("processing_kwargs")
         if not packed and not prompt and self.template is None:
             return super().preprocess(inputs, **kwargs)
@@ -176,6 +178,7 @@ class PackedTransformer(Transformer):
         offsets = bool(prompt) and tokenizer.is_fast
         options = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
         prompted = _prompted(texts, prompt)
+        check_unicode(prompted)
         encoded = tokenizer(prompted, truncation=False, return_offsets_mapping=offsets, **options)
         ids: list[list[int]] = encoded["input_ids"]
         skipped = None
@@ -197,14 +200,17 @@ class PackedTransformer(Transformer):
         head, tail = added_tokens(tokenizer) if long else ([], [])
         for i in long:
             if tokenizer.truncation_side == "left":
+                if skipped:  # what is cut behind the head was the prompt's first
+                    skipped[i] = max(skipped[i] - (len(ids[i]) - limit), min(skipped[i], len(head)))
                 ids[i] = [*head, *ids[i][len(ids[i]) - limit + len(head) :]]
             else:
                 ids[i] = [*ids[i][: limit - len(tail)], *tail]
         for i, row in enumerate(ids):
-            pooled = len(row) - (skipped[i] if skipped else 0)
-            if pooled <= (len(tail) if len(row) == limit else 0):
+            before = skipped[i] if skipped else 0
+            added = (max(before, len(head)), len(tail)) if len(row) >= limit else (before, 0)
+            if len(row) <= sum(added):
                 raise ValueError(
-                    f"no token of {texts[i]!r} is left to pool: {len(row)} tokens, {len(row) - pooled} of "
+                    f"no token of {texts[i]!r} is left to pool: {len(row)} tokens, {before} of "
                     f"them the prompt's, limit {limit}. Raise max_seq_length or shorten the prompt."
                 )
         return TokenizedTexts(ids, skipped, len(long))
@@ -253,6 +259,15 @@ def added_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
     return ids[:first], ids[last:]
 
 
+def tokenizer_state(tokenizer: Any) -> str:
+    """Vocabulary, special tokens and template of a tokenizer, as text to compare."""
+    fast = getattr(tokenizer, "backend_tokenizer", None)
+    state = json.loads(fast.to_str()) if fast is not None else tokenizer.get_vocab()
+    for transient in ("truncation", "padding"):  # as the last call left them
+        state.pop(transient, None)
+    return f"{json.dumps(state, sort_keys=True)}{tokenizer.special_tokens_map}{tokenizer.chat_template}"
+
+
 def chat_template(tokenizer: Any) -> str:
     """Return what the tokenizer's chat template puts around a user's message, as a template with "{text}".
 
@@ -281,6 +296,18 @@ def check_not_empty(texts: Sequence[Any]) -> None:
             f"text {index} is empty ({texts[index]!r}): there is no token to pool; remove it, fill it in, or "
             "encode with on_empty='zero' or 'skip'"
         )
+
+
+def check_unicode(texts: Sequence[str]) -> None:
+    """Raise ValueError naming the first text that holds half of a surrogate pair, which is no character."""
+    for index, text in enumerate(texts):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"text {index} is not Unicode: {text[error.start]!r} at character {error.start} is half of a "
+                "surrogate pair; clean it with text.encode(errors='replace').decode()"
+            ) from None
 
 
 def _prompted(texts: Sequence[str], prompt: Prompt | None) -> list[str]:

@@ -244,6 +244,41 @@ def test_prompt_that_fills_the_limit_is_refused(tiny_llama, pooling):
     encoder[0].preprocess(["hello"], prompt=prompt, max_length=length + 1)
 
 
+@pytest.mark.parametrize("packed", [True, False])
+def test_prompt_cut_on_the_left_costs_the_text_nothing(tiny_llama, packed):
+    """Regression: with truncation on the left the prompt was cut, and the text's tokens unpooled for it."""
+    encoder = load(tiny_llama, attention="uncausal" if packed else "sdpa")
+    encoder.tokenizer.truncation_side = "left"
+    prompt, text = "the quick brown fox\n", "plants make energy from sunlight"
+    for kept in (0, 1, 3):  # tokens of the prompt that remain, behind the begin token
+        own = len(encoder.tokenizer(text, add_special_tokens=False)["input_ids"])
+        features = encoder[0].preprocess([text], prompt=prompt, max_length=1 + kept + own)
+        assert features["prompt_mask"].flatten().tolist() == [True] * (1 + kept) + [False] * own
+    features = encoder[0].preprocess([text], prompt=prompt, max_length=own)
+    assert features["prompt_mask"].flatten().tolist() == [True] + [False] * (own - 1)
+
+
+@pytest.mark.parametrize(("pooling", "limit"), [("mean", 1), ("last_token", 2)])
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_limit_without_room_for_the_text_is_refused(tiny_llama, pooling, limit, side):
+    """Regression: every text had the same vector, that of the begin token alone."""
+    encoder = load(tiny_llama, pooling=pooling, max_seq_length=limit)
+    encoder.tokenizer.truncation_side = side
+    with pytest.raises(ValueError, match="no token of 'hello world' is left to pool"):
+        encoder.encode(["hello world"])
+
+
+@pytest.mark.parametrize("attention", ["uncausal", "sdpa"])
+@pytest.mark.parametrize("prompt", [None, "Query: "])
+def test_half_a_surrogate_pair_is_named(tiny_llama, attention, prompt):
+    """Regression: JSON's "\\ud800" ended in the tokenizer's TypeError, without the text's number."""
+    encoder = load(tiny_llama, attention=attention)
+    with pytest.raises(ValueError, match=r"text 1 is not Unicode: '\\ud800' at character 1"):
+        encoder.encode(["hello", "a\ud800b"], prompt=prompt)
+    with pytest.raises(ValueError, match=r"is not Unicode"):
+        encoder.encode(["hello"], prompt="\ud800")
+
+
 def test_find_empty():
     assert find_empty(["a", "", " b ", " \n\t", "c"]) == [1, 3]
     check_not_empty(["a", " b "])

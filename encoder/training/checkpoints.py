@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from uncausal.encoder.adapters import ADAPTER_FILE
 from uncausal.encoder.files import staged
+from uncausal.encoder.inputs import tokenizer_state
 from uncausal.encoder.training.lora import EXTRA_FILE, save_trainable
 from uncausal.encoder.training.ranks import together
 
@@ -93,7 +94,7 @@ def describe(
         # What stands between a text and its vector but weights: pooling, templates.
         "modules": [_settings(module) for module in encoder],
         "encoder_prompts": encoder.prompts,
-        "tokenizer": f"{zlib.crc32(_tokenizer(encoder.tokenizer).encode()):08x}",
+        "tokenizer": f"{zlib.crc32(tokenizer_state(encoder.tokenizer).encode()):08x}",
         "loss": None if loss is None else _loss_settings(loss, encoder),
         "data": f"{digest(dataset):08x}",
         "processes": PartialState().num_processes,
@@ -207,12 +208,3 @@ def _loss_settings(loss: nn.Module, encoder: nn.Module) -> list[dict[str, Any]]:
 
 def _mode(backbone: Any) -> str:
     return "causal" if getattr(backbone.config, "is_causal", True) else "bidirectional"
-
-
-def _tokenizer(tokenizer: Any) -> str:
-    """Vocabulary, special tokens and template of a tokenizer."""
-    fast = getattr(tokenizer, "backend_tokenizer", None)
-    state = json.loads(fast.to_str()) if fast is not None else tokenizer.get_vocab()
-    for transient in ("truncation", "padding"):  # as the last call left them
-        state.pop(transient, None)
-    return f"{json.dumps(state, sort_keys=True)}{tokenizer.special_tokens_map}{tokenizer.chat_template}"
