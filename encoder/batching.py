@@ -14,7 +14,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import batch_to_device
 from torch import Tensor
 
-from uncausal.encoder.inputs import Prompt, TokenizedTexts, check_not_empty
+from uncausal.encoder.inputs import Prompt, TokenizedTexts, check_not_empty, check_unicode
 
 WINDOW = 8192  # texts tokenised ahead of the model
 
@@ -57,9 +57,13 @@ def iter_encode(
         device: where the model is; its own by default.
 
     Raises:
-        ValueError: naming the text that is empty, before anything is encoded.
+        ValueError: naming the text that is empty or not Unicode, before anything is encoded; or
+            `batch_tokens` is not positive.
     """
     check_not_empty(texts)
+    check_unicode(texts)
+    if batch_tokens is not None and batch_tokens < 1:
+        raise ValueError(f"batch_tokens is {batch_tokens}; it must be at least 1")
     transformer: Any = encoder[0]
     device = device or encoder.device
     budget = batch_tokens or (1024 if device.type == "cpu" else 16384)

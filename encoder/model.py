@@ -164,6 +164,8 @@ class Encoder(SentenceTransformer):
         )
         if pooling is not None and pooling not in (*POOLING_MODES, "latent"):
             raise ValueError(f"pooling {pooling!r} is unknown: choose one of {[*POOLING_MODES, 'latent']}")
+        if max_seq_length is not None and max_seq_length < 1:
+            raise ValueError(f"max_seq_length is {max_seq_length}; it must be at least 1")
         names = ("uncausal", "sdpa", "eager") if attention == "auto" else (str(attention),)
         for name in names:
             try:

@@ -107,3 +107,12 @@ def test_empty_text_is_named_before_processes_are_started(encoder, monkeypatch):
     monkeypatch.setattr(Encoder, "start_multi_process_pool", lambda *_: pytest.fail("started"))
     with pytest.raises(ValueError, match="text 5 is empty"):
         encoder.encode([*TEXTS[:5], ""], device=["cpu", "cpu"])
+
+
+@pytest.mark.parametrize("limit", [0, -1])
+def test_impossible_limits_are_refused(byte_llama, limit):
+    """Regression: max_seq_length=-1 cut the last token of every text, and 0 of anything was no limit."""
+    with pytest.raises(ValueError, match=f"max_seq_length is {limit}"):
+        Encoder.from_pretrained(byte_llama, device="cpu", max_seq_length=limit)
+    with pytest.raises(ValueError, match=f"batch_tokens is {limit}"):
+        Encoder.from_pretrained(byte_llama, device="cpu").encode(["hello"], batch_tokens=limit)
