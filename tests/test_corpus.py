@@ -123,6 +123,25 @@ def test_other_settings_are_refused(encoder, whole, tmp_path):
         encode_corpus(encoder, ROWS, tmp_path, CorpusSettings(dimension=999))
 
 
+def test_another_model_is_refused(tiny_checkpoint, whole, tmp_path):
+    """Regression: a causal, a framed or a cutting encoder took the shards of the plain one for its own."""
+    (tmp_path / "manifest.json").write_bytes(whole["manifest.json"])
+    for change in ({"bidirectional": False}, {"template": "the {text}"}, {"max_seq_length": 3}):
+        other = Encoder.from_pretrained(tiny_checkpoint, device="cpu", dtype="float32", **change)
+        with pytest.raises(ValueError, match="differs in model"):
+            encode_corpus(other, ROWS, tmp_path, SETTINGS)
+    with pytest.raises(ValueError, match="holds no corpus"):
+        read_corpus(tmp_path)
+
+
+def test_used_encoder_has_the_digest_of_a_new_one(tiny_checkpoint):
+    used = Encoder.from_pretrained(tiny_checkpoint, device="cpu", dtype="float32")
+    before = model_digest(used)
+    with used.padded():
+        used.encode(ROWS[0][1])  # leaves the tokenizer's truncation and padding set
+    assert model_digest(used) == before
+
+
 @pytest.mark.parametrize("kind", ["bfloat16", "int8"])
 def test_weights_of_any_type_have_a_digest(tiny_checkpoint, tmp_path, kind):
     """Regression: bfloat16, the default where the hardware has it, and int8 weights were a traceback."""

@@ -31,6 +31,7 @@ import uncausal
 from uncausal.encoder.batching import iter_encode
 from uncausal.encoder.data.rows import DataError, read_rows, text_field
 from uncausal.encoder.files import staged_file
+from uncausal.encoder.inputs import tokenizer_state
 
 logger = logging.getLogger(__name__)
 
@@ -166,12 +167,20 @@ def read_corpus(folder: str | Path) -> pa.Table:
         if not note.exists() or json.loads(note.read_text())["file"] != _digest_of(file.read_bytes()):
             raise ValueError(f"{file}: does not hold what was written; run the same again")
         tables.append(pq.read_table(file))
+    if not tables:
+        raise ValueError(f"{folder}: holds no corpus")
     return pa.concat_tables(tables)
 
 
 def model_digest(encoder: SentenceTransformer) -> str:
-    """Return a digest of all weights and of what the modules are set to."""
-    digest = hashlib.sha256(repr(encoder).encode())
+    """Return a digest of all weights, of what the modules are set to, and of how texts become tokens."""
+    module: Any = encoder[0]
+    config = module.model.config.to_dict()
+    for name in ("_name_or_path", "transformers_version"):  # no part of what it computes
+        config.pop(name, None)
+    told = [repr(encoder), config, module.tokenizer.truncation_side, encoder.max_seq_length]
+    told += [module.template, tokenizer_state(module.tokenizer)]
+    digest = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode())
     for name, value in encoder.state_dict().items():
         digest.update(name.encode())
         for part in value if isinstance(value, tuple) else [value]:  # an int8 weight comes with its bias
