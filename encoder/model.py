@@ -55,7 +55,10 @@ logger = logging.getLogger(__name__)
 
 TEXT_ONLY: Any = {"text": {"method": "forward", "method_output_name": "last_hidden_state"}}
 LIBRARY_BATCH_SIZE = 32  # sentence-transformers' default, which nobody asked for
-OF_AN_EARLIER_SAVE = r"(model|pytorch_model|adapter_model)\b.*|adapter_config\.json|\d+_\w+"
+OF_AN_EARLIER_SAVE = (  # weights, what only some tokenizers have, the folders of modules ("1_Pooling")
+    r"(model|pytorch_model|adapter_model)\b.*\.(safetensors|bin)(\.index\.json)?|adapter_config\.json"
+    r"|chat_template\.jinja|\d_[A-Z]\w*"
+)
 
 
 def _name(module: type) -> str:

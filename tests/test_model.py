@@ -185,6 +185,7 @@ def test_save_interrupted_while_it_replaces_leaves_one_of_both(tiny_llama, tmp_p
     weights = (path / "model.safetensors").read_bytes()
     names = sorted(p.relative_to(path) for p in path.rglob("*"))
     encoder.prune(1)
+    monkeypatch.setattr("uncausal.encoder.files._exchange", lambda *_: False)
     calls = []
     for name in ("replace", "rename"):
         original = getattr(Path, name)
@@ -230,6 +231,53 @@ def test_save_leaves_no_weights_of_an_earlier_one(tiny_llama, tmp_path):
     assert not left & {*old, "adapter_model.safetensors", "1_LatentPooling"}
     assert (path / "notes.txt").exists() and (path / "checkpoints" / "1").exists(), "what is not ours stays"
     np.testing.assert_allclose(SentenceTransformer(str(path)).encode(TEXTS), encoder.encode(TEXTS), atol=1e-4)
+
+
+def test_save_removes_nothing_that_is_not_a_saves(tiny_llama, tmp_path):
+    """Regression: a user's `2024_data/` and `model.py` were taken for an earlier save's, and were gone."""
+    kept = {"2024_data/rows.txt", "model.py", "model-notes.md"}
+    (tmp_path / "encoder" / "2024_data").mkdir(parents=True)
+    for name in kept:
+        (tmp_path / "encoder" / name).write_text("mine")
+    Encoder.from_pretrained(tiny_llama, dtype="float32", device="cpu").save(tmp_path / "encoder")
+    assert {name for name in kept if (tmp_path / "encoder" / name).exists()} == kept
+
+
+def test_saved_over_another_has_no_chat_template_of_it(tiny_llama, byte_llama, tmp_path):
+    """Regression: an encoder without a chat template came back with that of the one saved there before."""
+    for folder in (tiny_llama, byte_llama):
+        Encoder.from_pretrained(folder, dtype="float32", device="cpu").save(tmp_path / "encoder")
+    assert Encoder(str(tmp_path / "encoder"), device="cpu").tokenizer.chat_template is None
+
+
+def test_folder_is_replaced_in_one_step(tmp_path, monkeypatch):
+    """Regression: SIGKILL between two renames left no model under the name, only a hidden folder."""
+    (tmp_path / "folder").mkdir()
+    monkeypatch.setattr(Path, "rename", None)
+    for content in ("first", "second"):
+        with staged(tmp_path / "folder") as staging:
+            (staging / "file").write_text(content)
+        assert (tmp_path / "folder" / "file").read_text() == content
+    assert [entry.name for entry in tmp_path.iterdir()] == ["folder"]
+
+
+@pytest.mark.parametrize("where", [".", ".."])
+def test_the_folder_one_is_in_is_not_replaced(tmp_path, monkeypatch, where):
+    """Regression: after `save(".")` the process, and the shell around it, stood in a folder that was gone."""
+    (tmp_path / "folder" / "inside").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "folder" / "inside")
+    with pytest.raises(ValueError, match="is the folder you are in"), staged(Path(where)):
+        raise AssertionError("something was written")
+    assert Path.cwd().exists()
+
+
+def test_folder_that_cannot_be_replaced_is_found_first(tmp_path, monkeypatch):
+    """Regression: a folder that is a mount point, or whose parent is read-only, failed after all the work."""
+    for name, value in (("os.path.ismount", lambda _: True), ("os.access", lambda *_: False)):
+        with monkeypatch.context() as patch:
+            patch.setattr(name, value)
+            with pytest.raises(ValueError, match="name one inside it"), staged(tmp_path):
+                raise AssertionError("something was written")
 
 
 def test_staged_copies_where_there_are_no_links(tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ from typing import Any
 from tyro.conf import Positional
 
 from uncausal.encoder.cli.options import Json, Loading, LoadingWhole, check_writable, facts, report
+from uncausal.encoder.files import check_replaceable
 
 
 def convert(
@@ -25,6 +26,7 @@ def convert(
         output: folder to write.
     """
     check_writable(output, folder=True)
+    check_replaceable(output)
     encoder = loading.load(model)
     encoder.save_pretrained(str(output))
     report(facts(encoder, output), as_json)
@@ -64,6 +66,7 @@ def prune(
     if pruning.needs_data and pairs is None:
         raise ValueError("L3Prune needs --pairs FILE to choose a depth; or give --keep N or --drop P")
     check_writable(output, folder=True)
+    check_replaceable(output)
     encoder = loading.load(model)
     depth = encoder.num_layers
     choice = pruning.choose(encoder, pairs)
