@@ -127,7 +127,11 @@ def adapter_folder(source: str, hub: Mapping[str, Any]) -> str:
     """Return the folder of an adapter's files, fetched where they are not here."""
     if Path(source).is_dir():
         return source
-    files = [cached_file(source, name, **hub_only(hub)) for name in ("adapter_config.json", ADAPTER_FILE)]
+    try:
+        files = [cached_file(source, name, **hub_only(hub)) for name in ("adapter_config.json", ADAPTER_FILE)]
+    except OSError as error:
+        reason = str(error).splitlines()[0]
+        raise FileNotFoundError(f"no adapter {source!r}: not a folder here, and {reason}") from error
     return str(Path(files[-1] or "").parent)
 
 

@@ -54,6 +54,14 @@ def test_adapter_of_a_model_with_a_head_is_refused(checkpoint, tmp_path):
     assert not any("lora" in name for name, _ in encoder.named_parameters())
 
 
+@pytest.mark.parametrize("name", ["/nowhere/adapter", "nobody/adapter"])
+def test_adapter_that_is_nowhere_is_named(checkpoint, name, monkeypatch):
+    """Regression: the error was the hub's, about the letters of a repository's id."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(FileNotFoundError, match=f"no adapter '{name}': not a folder here"):
+        load(checkpoint, adapter=name)
+
+
 def test_adapter_damaged_missing_or_of_another_model(checkpoint, tmp_path):
     backbone = load(checkpoint).backbone
     with pytest.raises(FileNotFoundError, match=r"no adapter_model\.safetensors"):
