@@ -129,6 +129,10 @@ def layer_losses(
     """
     if not triplets:
         raise ValueError("layer_losses needs at least one (anchor, positive[, negative]) row")
+    if min(batch_size, len(triplets)) == 1 and len(triplets[0]) == 2:
+        raise ValueError(
+            "a batch of one pair has no negative, and the loss is 0 at every depth: give more pairs"
+        )
     layers = decoder_layers(encoder.backbone)
     norm, pooling = final_norm(encoder.backbone), encoder[1]
     features: dict[str, Any] = {}

@@ -133,6 +133,15 @@ def test_prune_layers_refuses_an_impossible_depth(depth):
         prune_layers(MODELS["qwen2"](), depth)
 
 
+def test_one_pair_decides_no_depth(byte_llama):
+    """Regression: its loss is 0 after every layer, and the model was cut to half without a word."""
+    encoder = Encoder.from_pretrained(byte_llama, dtype="float32", device="cpu")
+    for pairs, size in (([("a cat", "the cat")], 64), ([("a cat", "the cat"), ("a dog", "the dog")], 1)):
+        with pytest.raises(ValueError, match="a batch of one pair has no negative"):
+            layer_losses(encoder, pairs, batch_size=size, show_progress_bar=False)
+    assert min(layer_losses(encoder, [("a cat", "the cat", "a road")], show_progress_bar=False)) > 0
+
+
 def test_plot_shows_both_choices(tmp_path):
     losses = [3.0, 1.0, 2.0, 2.5, 0.5, 4.0]
     plot_layer_losses(losses, l3prune(losses), tmp_path / "curve.png", kept=3)
