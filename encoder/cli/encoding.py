@@ -152,6 +152,8 @@ def search(
         prompt: instruction put before the queries.
         top_k: hits a query.
     """
+    if top_k < 1:
+        raise ValueError(f"--top-k is {top_k}; it must be at least 1")
     from uncausal.encoder.serving.index import is_index
 
     if is_index(target):
