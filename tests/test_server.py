@@ -135,6 +135,8 @@ def test_embed_similarity_tokenize_info(server, encoder):
         ("/v1/embeddings", {"input": "x" * 30_000}, 413, "20000 bytes"),
         ("/embed", {"inputs": "a", "prompt_name": "none"}, 422, "there is ['query'"),
         ("/similarity", {"inputs": {"source_sentence": "a", "sentences": []}}, 422, "sentences"),
+        ("/tokenize", {"inputs": []}, 400, "empty"),
+        ("/tokenize", b'{"inputs": "a\\ud800"}', 422, "text 0 is not Unicode"),
     ],
 )
 def test_bad_requests_are_told_why(server, path, body, status, message):
