@@ -127,6 +127,7 @@ def test_embed_similarity_tokenize_info(server, encoder):
         ("/v1/embeddings", {"input": {"text": "a"}}, 422, "input"),
         ("/v1/embeddings", {"input": [1, 2, "three"]}, 422, "input"),
         ("/v1/embeddings", {"input": [[1, 10**9]]}, 422, "token 1000000000"),
+        ("/v1/embeddings", {"input": [[18]]}, 422, "token 18 is not below 18"),
         ("/v1/embeddings", {"input": [[-1]]}, 422, "input"),
         ("/v1/embeddings", {"input": ["music"] * 21}, 413, "21 texts"),
         ("/v1/embeddings", {"input": "music " * 40}, 422, "longer than 32 tokens"),
