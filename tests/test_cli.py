@@ -249,19 +249,19 @@ def test_bad_input_is_one_line(cli_folder, capsys, monkeypatch, arguments, messa
     assert message in run(capsys, *arguments, status=1)
 
 
-def test_search_wants_a_hit(folder, capsys):
+def test_search_wants_a_hit(cli_folder, capsys):
     """Regression: -1 ended in torch's "selected index k out of range", and 0 found nothing, with success."""
     for top_k in (0, -1):
-        arguments = (folder / "encoder", folder / "texts.txt", "a cat", "--top-k", top_k)
+        arguments = (cli_folder / "encoder", cli_folder / "texts.txt", "a cat", "--top-k", top_k)
         assert f"--top-k is {top_k}; it must be at least 1" in run(capsys, "search", *arguments, status=1)
 
 
 @pytest.mark.parametrize("command", ["convert", "prune"])
-def test_the_current_folder_is_refused_before_any_work(folder, tmp_path, capsys, monkeypatch, command):
+def test_the_current_folder_is_refused_before_any_work(cli_folder, tmp_path, capsys, monkeypatch, command):
     monkeypatch.setattr(Encoder, "from_pretrained", None)
     monkeypatch.chdir(tmp_path)
     options = ["--keep", 1] if command == "prune" else []
-    assert "is the folder you are in" in run(capsys, command, folder / "encoder", ".", *options, status=1)
+    assert "is the folder you are in" in run(capsys, command, cli_folder / "encoder", ".", *options, status=1)
 
 
 @pytest.mark.parametrize("command", ["convert", "prune", "encode", "train contrastive", "run", "demo"])

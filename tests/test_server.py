@@ -127,6 +127,7 @@ def test_embed_similarity_tokenize_info(server, encoder):
         ("/v1/embeddings", {"input": {"text": "a"}}, 422, "input"),
         ("/v1/embeddings", {"input": [1, 2, "three"]}, 422, "input"),
         ("/v1/embeddings", {"input": [[1, 10**9]]}, 422, "token 1000000000"),
+        ("/v1/embeddings", {"input": [[18]]}, 422, "token 18 is not below 18"),
         ("/v1/embeddings", {"input": [[-1]]}, 422, "input"),
         ("/v1/embeddings", {"input": ["music"] * 21}, 413, "21 texts"),
         ("/v1/embeddings", {"input": "music " * 40}, 422, "longer than 32 tokens"),
@@ -135,6 +136,8 @@ def test_embed_similarity_tokenize_info(server, encoder):
         ("/v1/embeddings", {"input": "x" * 30_000}, 413, "20000 bytes"),
         ("/embed", {"inputs": "a", "prompt_name": "none"}, 422, "there is ['query'"),
         ("/similarity", {"inputs": {"source_sentence": "a", "sentences": []}}, 422, "sentences"),
+        ("/tokenize", {"inputs": []}, 400, "empty"),
+        ("/tokenize", b'{"inputs": "a\\ud800"}', 422, "text 0 is not Unicode"),
     ],
 )
 def test_bad_requests_are_told_why(server, path, body, status, message):

@@ -24,6 +24,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from pydantic import BaseModel, Field, StrictBool, StrictInt, StrictStr
 
 import uncausal
+from uncausal.encoder.inputs import check_unicode
 from uncausal.encoder.serving.service import Encoded, Limits, Refused, Service
 
 Tokens = Annotated[list[Annotated[StrictInt, Field(ge=0)]], Field(min_length=1)]
@@ -171,6 +172,12 @@ def make_app(load: Callable[[], Any], name: str, limits: Limits | None = None) -
     async def tokenize(body: TokenizeRequest) -> Response:
         service.ready()
         texts = [body.inputs] if isinstance(body.inputs, str) else body.inputs
+        if not texts:
+            raise Refused(400, "the input is empty")
+        try:
+            check_unicode(texts)
+        except ValueError as error:
+            raise Refused(422, str(error)) from None
         if len(texts) > limits.max_texts:
             raise Refused(413, f"{len(texts)} texts in a request; at most {limits.max_texts} are taken")
         loop = asyncio.get_running_loop()
