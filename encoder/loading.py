@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from uncausal.encoder.adapters import ADAPTER_FILE
 if TYPE_CHECKING:
     from uncausal.encoder.model import Encoder
 
+PACKAGE = "package:"  # before NAME/FILE: a file that an installed package carries
 HUB_OPTIONS = ("revision", "token", "trust_remote_code", "cache_dir", "local_files_only")
 
 
@@ -79,6 +81,27 @@ def resolve_dtype(dtype: str | torch.dtype, device: str | None = None) -> torch.
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if native else torch.float32
+
+
+def asset(package: str, name: str) -> Path:
+    """Return a data file inside an installed package, found without importing the package.
+
+    Raises:
+        FileNotFoundError: no such package, or no such file in it.
+    """
+    spec = importlib.util.find_spec(package)
+    for folder in spec.submodule_search_locations or () if spec else ():
+        if (path := Path(folder) / name).exists():
+            return path
+    raise FileNotFoundError(f"no file {name} of an installed package {package}: run `make setup`")
+
+
+def local_path(name: str) -> Path:
+    """Return a model's name as a path; `package:NAME/FILE` is that file of an installed package."""
+    if not name.startswith(PACKAGE):
+        return Path(name)
+    package, _, file = name.removeprefix(PACKAGE).partition("/")
+    return asset(package, file)
 
 
 @contextmanager

@@ -38,6 +38,7 @@ from uncausal.encoder.loading import (
     adapter_folder,
     hub_only,
     lacks_attention,
+    local_path,
     located,
     resolve_dtype,
 )
@@ -115,8 +116,9 @@ class Encoder(SentenceTransformer):
         """Load a causal checkpoint, an adapter of one, or a saved encoder, as an encoder.
 
         Args:
-            name_or_path: Hugging Face id, a model folder, or a folder or file of GGUF weights. A PEFT
-                adapter's loads its base model and merges the adapter.
+            name_or_path: Hugging Face id, a model folder, or a folder or file of GGUF weights; a file that an
+                installed package carries is "package:NAME/FILE". A PEFT adapter's loads its base model and
+                merges the adapter.
             pooling: "mean" (default), "weighted_mean" (weights 1..n), "last_token" (of texts that end with
                 the end token) or "latent" (NV-Embed). A saved encoder keeps its own unless told otherwise.
             bidirectional: True (default) lets every token see every other and proves it on the loaded model;
@@ -196,7 +198,7 @@ class Encoder(SentenceTransformer):
     @classmethod
     def _load(cls, spec: EncoderSpec, attention: str) -> tuple[Encoder, bool]:
         """Load the weights, merge the adapters, prove the mode; tells too whether it was a saved encoder."""
-        path, gguf_file = Path(spec.name_or_path), spec.gguf_file
+        path, gguf_file = local_path(spec.name_or_path), spec.gguf_file
         if path.is_file() and path.suffix == ".gguf":
             path, gguf_file = path.parent, path.name
         options = {

@@ -7,7 +7,6 @@ settings were chosen on the development split of the STS Benchmark; the test spl
 from __future__ import annotations
 
 import bz2
-import importlib.util
 import json
 import sys
 import time
@@ -25,6 +24,7 @@ from uncausal.encoder.cli.options import Json, check_writable
 from uncausal.encoder.conversion import assert_bidirectional, make_bidirectional
 from uncausal.encoder.data.texts import sentences
 from uncausal.encoder.evaluation.sts import evaluate_sts_by_pooling, read_sts
+from uncausal.encoder.loading import asset
 from uncausal.encoder.model import Encoder
 from uncausal.encoder.pooling import POOLING_MODES, PoolingName
 from uncausal.encoder.pruning import l3prune, layer_losses, plot_layer_losses
@@ -174,15 +174,6 @@ class Demo:
 def stsb_loss(model: Encoder) -> InfoNCELoss:
     """InfoNCE that never pushes away what scores above the positive: captions of STS-B repeat one another."""
     return InfoNCELoss(model, temperature=STSB_STAGE.temperature, margin=0.0)
-
-
-def asset(package: str, name: str) -> Path:
-    """Return a data file inside an installed package, found without importing the package."""
-    spec = importlib.util.find_spec(package)
-    for folder in spec.submodule_search_locations or () if spec else ():
-        if (path := Path(folder) / name).exists():
-            return path
-    raise FileNotFoundError(f"the demo needs {name} from the package {package}: run `make setup`")
 
 
 def wikipedia() -> list[str]:
