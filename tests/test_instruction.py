@@ -39,3 +39,13 @@ def test_defaults_are_nv_embeds():
         500,
     )
     assert (stage.weight_decay, stage.lora_r, stage.lora_alpha, stage.lora_dropout) == (0.03, 16, 32, 0.1)
+
+
+def test_sets_are_blended_by_default(tiny_checkpoint, tmp_path):
+    """Regression: each batch held one set, where NV-Embed's second stage mixes tasks within a batch."""
+    encoder = Encoder.from_pretrained(tiny_checkpoint, device="cpu", dtype="float32")
+    stage = Instruction(batch_size=4, max_steps=6)
+    sets = stage.prepare(encoder, {"a": ROWS * 4, "b": [(p, a, n) for a, p, n in ROWS] * 4})
+    trainer = stage.make_trainer(encoder, sets, tmp_path, stage.make_loss(encoder, sets))
+    batches = list(trainer.get_train_dataloader().batch_sampler)
+    assert sum(min(batch) < 12 <= max(batch) for batch in batches) >= 3

@@ -9,6 +9,7 @@ from transformers import TrainerCallback
 
 from uncausal.encoder.data.rows import DataError
 from uncausal.encoder.data.texts import chunk_texts
+from uncausal.encoder.training.lora import attach_lora
 from uncausal.encoder.training.run import train
 from uncausal.encoder.training.stages.contrastive import Contrastive
 from uncausal.encoder.training.stages.mntp import MNTP, MaskedChunks, MaskedNextToken
@@ -149,6 +150,66 @@ def test_stage_defaults_are_the_published_values():
     assert (pairs.batch_size, pairs.learning_rate, pairs.warmup_steps) == (512, 2e-4, 300)
     assert (pairs.max_length, pairs.temperature) == (512, 0.02)
     assert all((s.lora_r, s.lora_alpha, s.lora_dropout) == (16, 32, 0.05) for s in (mntp, simcse, pairs))
+
+
+def test_options_of_the_loss_reach_it(checkpoint):
+    encoder = load(checkpoint)
+    options = {
+        "temperature": 0.1,
+        "margin": 0.2,
+        "matryoshka_dims": [32, 8],
+        "matryoshka_weights": [1.0, 0.5],
+    }
+    options |= {"symmetric": True, "mini_batch_size": 4, "mini_batch_num_tokens": 64, "exchange": "ring"}
+    for stage in (
+        SimCSE(batch_size=8, **options),
+        Contrastive(batch_size=8, hard_negatives="own", **options),
+    ):
+        loss = stage.make_loss(encoder)
+        assert {name: getattr(loss, name) for name in options} == options
+        assert loss.hard_negatives == getattr(stage, "hard_negatives", "shared")
+    assert not Contrastive(in_batch_negatives=False).make_loss(encoder).in_batch_negatives
+    with pytest.raises(
+        ValueError, match=r"matryoshka_dims is \[64, 8\]; it must be at most the encoder's 32"
+    ):
+        SimCSE(matryoshka_dims=[64, 8]).make_loss(encoder)
+
+
+def test_matryoshka_trains_every_prefix(checkpoint, tmp_path):
+    """The loss of the first step is the weighted sum of those of the prefixes, each trained for alone."""
+    first = {}
+    for dims, weights in [([32], [1.0]), ([8], [1.0]), ([32, 8], [1.0, 0.5])]:
+        stage = Contrastive(
+            max_steps=1, batch_size=8, matryoshka_dims=dims, matryoshka_weights=weights, **FAST
+        )
+        stage.lora_dropout = 0.0
+        result = train(load(checkpoint), stage, PAIRS, tmp_path / str(dims), progress=False)
+        first[tuple(dims)] = losses(result)[0]
+    assert first[32, 8] == pytest.approx(first[32,] + 0.5 * first[8,], abs=1e-3)
+
+
+@pytest.mark.parametrize(("stage", "data"), [(MNTP, TEXTS), (Contrastive, PAIRS)])
+def test_options_of_the_trainer_reach_it(checkpoint, tmp_path, stage, data):
+    more = {"adam_beta2": 0.98, "torch_compile_backend": "eager"}
+    settings = {"optim": "adafactor", "dataloader_num_workers": 1, "report_to": "tensorboard"}
+    stage = stage(batch_size=8, max_steps=2, trainer_arguments=more, **settings)
+    vars(stage).update({"chunk_tokens": 8} if isinstance(stage, MNTP) else {})
+    encoder = load(checkpoint)
+    options = stage.trainer_options(encoder.backbone, tmp_path)
+    assert {**options, **settings, **more} == options
+    stage.report_to = "none"
+    trainer = stage.make_trainer(encoder, stage.prepare(encoder, data), tmp_path, stage.make_loss(encoder))
+    assert trainer.args.optim == "adafactor" and trainer.args.adam_beta2 == 0.98
+    stage.trainer_arguments = {"seed": 3}
+    with pytest.raises(ValueError, match="trainer_arguments: seed is the stage's to set"):
+        stage.trainer_options(encoder.backbone, tmp_path)
+
+
+def test_rank_stabilised_lora_scales_by_the_root_of_the_rank(checkpoint):
+    for rslora, scale in ((False, 32 / 16), (True, 32 / 4)):
+        adapter = attach_lora(load(checkpoint).backbone, r=16, alpha=32, dropout=0.0, rslora=rslora)
+        found = {m.scaling["default"] for m in adapter.modules() if hasattr(m, "lora_A")}
+        assert found == {scale}
 
 
 @pytest.mark.parametrize(

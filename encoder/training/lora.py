@@ -25,6 +25,7 @@ def attach_lora(
     r: int,
     alpha: int,
     dropout: float,
+    rslora: bool = False,
     target_modules: Sequence[str] = LORA_TARGETS,
     trainable_layers: Sequence[int] | None = None,
 ) -> PeftModel:
@@ -33,6 +34,7 @@ def attach_lora(
     Args:
         backbone: headless Hugging Face model; stays usable as before.
         r: rank. alpha: the update is scaled by alpha / r. dropout: on the adapter's input.
+        rslora: scale by alpha / sqrt(r) instead.
         target_modules: names of linear layers. The default names are Llama's; a model with other names gets
             an adapter on every linear layer of its decoder layers.
         trainable_layers: decoder layers to adapt, from 0; all by default. The backward pass stops
@@ -61,6 +63,7 @@ def attach_lora(
         r=r,
         lora_alpha=alpha,
         lora_dropout=dropout,
+        use_rslora=rslora,
         target_modules=sorted(linear) if missing else list(target_modules),
         # Without the pattern peft wants a parent module before "layers", and a headless model has none.
         layers_to_transform=None if trainable_layers is None else list(trainable_layers),

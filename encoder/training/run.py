@@ -176,6 +176,7 @@ def _trainable(encoder: SentenceTransformer, stage: Stage) -> Iterator[PeftModel
                 r=stage.lora_r,
                 alpha=stage.lora_alpha,
                 dropout=stage.lora_dropout,
+                rslora=stage.lora_rslora,
                 target_modules=stage.lora_targets,
                 trainable_layers=stage.trainable_layers,
             )

@@ -3,9 +3,9 @@
 Defaults are LLM2Vec's (arXiv 2404.05961 and its published configurations) unless a stage says otherwise.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -14,6 +14,7 @@ from accelerate import PartialState
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
 from sentence_transformers.base.training_args import BatchSamplers
 from torch import nn
+from transformers.training_args import OptimizerNames
 
 from uncausal.encoder.data.rows import DataError
 from uncausal.encoder.loading import resolve_dtype
@@ -44,6 +45,7 @@ class Stage:
         lora_r: rank of the adapter; 0 trains all weights, those of half precision as float32 until the stage
             ends.
         lora_alpha: the adapter's output is scaled by lora_alpha / lora_r.
+        lora_rslora: scale by lora_alpha / sqrt(lora_r) instead, for high ranks (rsLoRA, arXiv 2312.03732).
         lora_dropout: on the adapter's input.
         lora_targets: names of the linear layers that get an adapter.
         trainable_layers: decoder layers to train, from 0; all by default. The backward pass
@@ -57,6 +59,10 @@ class Stage:
         logging_steps: between two lines of the log.
         save_steps: between two checkpoints.
         eval_steps: between two evaluations; 0 evaluates only at the end.
+        optim: the optimiser, by the Trainer's names.
+        dataloader_num_workers: processes that prepare batches; 0 does it between the steps.
+        report_to: where the log goes besides the screen: wandb, tensorboard, all, ...
+        trainer_arguments: more arguments of the Trainer, passed as they are: deepspeed, fsdp, torch_compile.
     """
 
     max_steps: int = 1000
@@ -69,6 +75,7 @@ class Stage:
     max_grad_norm: float = 1.0
     lora_r: int = 16
     lora_alpha: int = 32
+    lora_rslora: bool = False
     lora_dropout: float = 0.05
     lora_targets: Sequence[str] = LORA_TARGETS
     trainable_layers: Sequence[int] | None = None
@@ -79,11 +86,15 @@ class Stage:
     logging_steps: int = 10
     save_steps: int = 200
     eval_steps: int = 0
+    optim: str = "adamw_torch_fused"
+    dataloader_num_workers: int = 0
+    report_to: str = "none"
+    trainer_arguments: Mapping[str, bool | int | float | str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("max_steps", "batch_size", "logging_steps", "save_steps"):
             self._require(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("warmup_steps", "lora_r", "eval_steps", "weight_decay"):
+        for name in ("warmup_steps", "lora_r", "eval_steps", "weight_decay", "dataloader_num_workers"):
             self._require(name, getattr(self, name) >= 0, "at least 0")
         self._require("learning_rate", self.learning_rate > 0, "above 0")
         self._require("lora_dropout", 0 <= self.lora_dropout < 1, "in [0, 1)")
@@ -95,6 +106,10 @@ class Stage:
         self._require("schedule_steps", horizon, f"at least max_steps, {self.max_steps}")
         known = self.lr_scheduler_type in SCHEDULES
         self._require("lr_scheduler_type", known, f"one of {', '.join(SCHEDULES)}")
+        self._require("optim", self.optim in {*OptimizerNames}, "an optimiser of the Trainer, as adamw_torch")
+        arguments = {argument.name for argument in fields(SentenceTransformerTrainingArguments)}
+        unknown = sorted(self.trainer_arguments.keys() - arguments)
+        self._require("trainer_arguments", not unknown, f"the Trainer's; it has no {', '.join(unknown)}")
 
     def _require(self, name: str, holds: bool, wanted: str) -> None:
         if not holds:
@@ -163,7 +178,7 @@ class Stage:
                 f"{type(self).__name__}.batch_size is {self.batch_size}; {processes} processes with "
                 f"mini-batches of {at_once} need a multiple of {processes * at_once}"
             )
-        return {
+        options = {
             "output_dir": str(run),
             "max_steps": self.max_steps,
             "per_device_train_batch_size": at_once * processes,
@@ -178,13 +193,20 @@ class Stage:
             "logging_nan_inf_filter": False,
             "save_steps": self.save_steps,
             "seed": self.seed,
-            "report_to": "none",
+            "optim": self.optim,
+            "dataloader_num_workers": self.dataloader_num_workers,
+            "report_to": self.report_to,
             "disable_tqdm": True,
             "use_cpu": backbone.device.type == "cpu",
             "ddp_find_unused_parameters": False,
             "dataloader_pin_memory": backbone.device.type == "cuda",
             "dataloader_drop_last": True,
         }
+        if taken := sorted(options.keys() & self.trainer_arguments.keys()):
+            raise ValueError(
+                f"{type(self).__name__}.trainer_arguments: {taken[0]} is the stage's to set: use its fields"
+            )
+        return {**options, **self.trainer_arguments}
 
 
 @dataclass(kw_only=True)
@@ -193,18 +215,15 @@ class PairStage(Stage):
 
     Args:
         max_length: tokens; longer texts are cut.
-        temperature: divides cosine similarities.
         group_by_length: batches of similar length, for padded execution.
     """
 
     max_length: int = 512
-    temperature: float = 0.05
     group_by_length: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require("max_length", self.max_length >= 1, "at least 1")
-        self._require("temperature", self.temperature > 0, "above 0")
 
     @contextmanager
     def conditions(self, encoder: SentenceTransformer) -> Iterator[None]:
@@ -216,15 +235,6 @@ class PairStage(Stage):
                 yield
         finally:
             encoder.max_seq_length = limit
-
-    def make_loss(self, encoder: SentenceTransformer, dataset: Any = None) -> nn.Module:
-        """Return the loss of a batch's columns."""
-        return InfoNCELoss(
-            encoder,
-            temperature=self.temperature,
-            mini_batch_size=self.mini_batch_size,
-            gather_across_devices=True,
-        )
 
     def make_trainer(
         self, encoder: SentenceTransformer, dataset: Any, run: Path, loss: nn.Module | None, **arguments: Any
@@ -240,3 +250,55 @@ class PairStage(Stage):
         args = SentenceTransformerTrainingArguments(**options)
         args._n_gpu = min(args.n_gpu, 1)
         return PairTrainer(model=encoder, args=args, train_dataset=dataset, loss=loss, data_collator=collator)
+
+
+@dataclass(kw_only=True)
+class InfoNCEStage(PairStage):
+    """A stage whose loss is InfoNCE: the positive against negatives, mostly the batch's other texts.
+
+    Args:
+        temperature: divides cosine similarities.
+        margin: drops negatives that score above the positive by more than this, as likely right answers
+            (Qwen3-Embedding takes 0.1); by default none.
+        symmetric: average with the loss of each positive against all anchors.
+        matryoshka_dims: also train these prefixes of the vectors (arXiv 2205.13147), as 512 256 128 64.
+        matryoshka_weights: of the prefixes' losses, in their order; 1 by default.
+        mini_batch_num_tokens: with mini_batch_size, bounds a mini-batch of GradCache by its tokens instead.
+        exchange: how processes exchange vectors; "ring" holds those of two at a time.
+    """
+
+    temperature: float = 0.05
+    margin: float | None = None
+    symmetric: bool = False
+    matryoshka_dims: Sequence[int] = ()
+    matryoshka_weights: Sequence[float] = ()
+    mini_batch_num_tokens: int | None = None
+    exchange: Literal["all_gather", "ring"] = "all_gather"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require("temperature", self.temperature > 0, "above 0")
+        self._require("matryoshka_dims", all(d >= 1 for d in self.matryoshka_dims), "at least 1 each")
+        counts = (0, len(self.matryoshka_dims))
+        self._require("matryoshka_weights", len(self.matryoshka_weights) in counts, f"{counts[1]} weights")
+        cached = self.mini_batch_num_tokens is None or self.mini_batch_size is not None
+        self._require("mini_batch_num_tokens", cached, "given with mini_batch_size")
+        self._require("exchange", self.exchange in ("all_gather", "ring"), "all_gather or ring")
+
+    def make_loss(self, encoder: SentenceTransformer, dataset: Any = None, **options: Any) -> nn.Module:
+        """Return the loss of a batch's columns; `options` are further ones of `InfoNCELoss`."""
+        width = encoder.get_embedding_dimension() or 0
+        fits = max(self.matryoshka_dims, default=0) <= width
+        self._require("matryoshka_dims", fits, f"at most the encoder's {width} dimensions")
+        return InfoNCELoss(
+            encoder,
+            temperature=self.temperature,
+            margin=self.margin,
+            symmetric=self.symmetric,
+            mini_batch_size=self.mini_batch_size,
+            mini_batch_num_tokens=self.mini_batch_num_tokens,
+            matryoshka_dims=self.matryoshka_dims,
+            matryoshka_weights=self.matryoshka_weights,
+            exchange=self.exchange,
+            **{"gather_across_devices": True, **options},
+        )

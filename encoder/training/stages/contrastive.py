@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from datasets import Dataset, DatasetDict, concatenate_datasets
 from sentence_transformers import SentenceTransformer
@@ -15,12 +15,12 @@ from uncausal.encoder.data.pairs import LABEL, read_pairs, text_columns
 from uncausal.encoder.data.rows import DataError
 from uncausal.encoder.training.losses import InfoNCELoss
 from uncausal.encoder.training.samplers import Blended, WeightedSets
-from uncausal.encoder.training.stages.base import PairStage
+from uncausal.encoder.training.stages.base import InfoNCEStage
 from uncausal.encoder.training.trainer import StageTrainer
 
 
 @dataclass(kw_only=True)
-class Contrastive(PairStage):
+class Contrastive(InfoNCEStage):
     """Supervised contrastive learning on pairs, or triplets with hard negatives, and in-batch negatives.
 
     Args:
@@ -33,6 +33,8 @@ class Contrastive(PairStage):
         no_duplicates: no text occurs twice in a batch, where it would be its own negative.
         prompts: column name -> text put before each of its texts; attended, not pooled.
         instruction_template: makes the anchors' prompt of a set whose rows have an `instruction`.
+        hard_negatives: "shared" are negatives of every anchor in the batch, "own" of their row's alone.
+        in_batch_negatives: False contrasts each anchor with its own negatives alone.
     """
 
     batch_size: int = 512
@@ -47,12 +49,19 @@ class Contrastive(PairStage):
     no_duplicates: bool = False
     prompts: Mapping[str, str] = field(default_factory=dict)
     instruction_template: str = "Instruct: {instruction}\nQuery: "
+    hard_negatives: Literal["shared", "own"] = "shared"
+    in_batch_negatives: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         both = self.no_duplicates and (self.group_by_length or self.blend)
         self._require("no_duplicates", not both, "off with group_by_length or blend")
         self._require("blend", not (self.blend and self.group_by_length), "off with group_by_length")
+        self._require("hard_negatives", self.hard_negatives in ("shared", "own"), "shared or own")
+        paired = self.in_batch_negatives or not self.symmetric
+        self._require(
+            "symmetric", paired, "off without in_batch_negatives: a positive has no negatives of its own"
+        )
         self._require("weights", all(w > 0 for w in self.weights.values()), "above 0 for every set")
         place = "{instruction}"
         self._require("instruction_template", place in self.instruction_template, f"with a place for {place}")
@@ -95,15 +104,16 @@ class Contrastive(PairStage):
                 self.check_size(f"the set {name!r} holds" if sets else "the data hold", len(part))
         return DatasetDict(_ids_apart(sets)) if sets else dataset
 
-    def make_loss(self, encoder: SentenceTransformer, dataset: Any = None) -> nn.Module:
+    def make_loss(self, encoder: SentenceTransformer, dataset: Any = None, **options: Any) -> nn.Module:
         """InfoNCE over the batch; rows of equal id or label are no negatives of each other."""
         part = next(iter(dataset.values())) if isinstance(dataset, DatasetDict) else dataset
-        return InfoNCELoss(
+        return super().make_loss(
             encoder,
-            temperature=self.temperature,
-            mini_batch_size=self.mini_batch_size,
-            gather_across_devices=True,
-            labels_as_ids=part is not None and LABEL in part.column_names,
+            hard_negatives=self.hard_negatives,
+            in_batch_negatives=self.in_batch_negatives,
+            gather_across_devices=self.in_batch_negatives,
+            labels_as_ids=self.in_batch_negatives and part is not None and LABEL in part.column_names,
+            **options,
         )
 
     def make_trainer(

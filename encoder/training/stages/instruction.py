@@ -6,13 +6,12 @@ texts, are attended and never pooled.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from datasets import DatasetDict
 from sentence_transformers import SentenceTransformer
 from torch import nn
 
-from uncausal.encoder.training.losses import InfoNCELoss
 from uncausal.encoder.training.stages.contrastive import Contrastive
 
 
@@ -20,7 +19,8 @@ from uncausal.encoder.training.stages.contrastive import Contrastive
 class Instruction(Contrastive):
     """Contrast with each anchor's own hard negatives, over tasks blended within a batch.
 
-    Every row needs at least one negative. Defaults are NV-Embed's second stage.
+    Every row needs at least one negative. Sets are blended by default (`blend`), so they need the same
+    columns and one instruction. Defaults are NV-Embed's second stage.
     """
 
     max_steps: int = 18000
@@ -29,6 +29,9 @@ class Instruction(Contrastive):
     warmup_steps: int = 500
     weight_decay: float = 0.03
     lora_dropout: float = 0.1
+    blend: bool = True
+    hard_negatives: Literal["shared", "own"] = "own"
+    in_batch_negatives: bool = False
 
     def prepare(self, encoder: SentenceTransformer, data: Any, loss: nn.Module | None = None) -> Any:
         dataset = super().prepare(encoder, data, loss)
@@ -39,12 +42,3 @@ class Instruction(Contrastive):
                     f"column `negative` among {part.column_names}: mine some, or use the contrastive stage"
                 )
         return dataset
-
-    def make_loss(self, encoder: SentenceTransformer, dataset: Any = None) -> nn.Module:
-        return InfoNCELoss(
-            encoder,
-            temperature=self.temperature,
-            hard_negatives="own",
-            in_batch_negatives=False,
-            mini_batch_size=self.mini_batch_size,
-        )

@@ -13,12 +13,12 @@ from sentence_transformers.sentence_transformer.data_collator import SentenceTra
 from torch import nn
 
 from uncausal.encoder.data.texts import read_texts
-from uncausal.encoder.training.stages.base import PairStage
+from uncausal.encoder.training.stages.base import InfoNCEStage
 from uncausal.encoder.training.trainer import StageTrainer
 
 
 @dataclass(kw_only=True)
-class SimCSE(PairStage):
+class SimCSE(InfoNCEStage):
     """Unsupervised contrastive learning: the same sentence twice, under two draws of attention dropout.
 
     Args:
