@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from uncausal.encoder.data.local import SETS, data_dir, local_rows
+from uncausal.encoder.data import local
+from uncausal.encoder.data.local import SETS, TEXTS, data_dir, local_rows
 from uncausal.encoder.data.rows import DataError
 
 
@@ -26,6 +27,9 @@ def root(tmp_path):
         write(tmp_path / "nli_triples" / f"{name}_dev_triples.tsv.gz", rows)
     write(tmp_path / "wiki_sentences" / "train-00.tsv.gz", "".join(f"7\tfact {i}\n" for i in range(11)))
     paragraph = "The first sentence of it is here. Another one of five words. And a third sentence ends it."
+    articles = '<doc id="1" title="Ants">\nAnts\n\nThey dig.\n\nThey eat.\n</doc>\n'
+    articles += '<doc id="2" title="Bees">\nBees\n\nThey fly.\n</doc>\n'
+    write(tmp_path / "wiki_articles" / "wiki_00.txt.gz", articles)
     write(tmp_path / "wiki_paragraphs" / "train-00.tsv.gz", f"7\t{paragraph}\n8\tToo short. Yes.\n")
     answers = [
         {"doc": "1", "qtype": kind, "question": f"{kind}?", "answer": text}
@@ -65,6 +69,33 @@ def test_medquad_negative_answers_another_question_of_the_document(root):
     }
 
 
+def test_texts_are_paragraphs_articles_and_sentences(root):
+    """An article is one text, without its title and markup."""
+    texts = local_rows("local:wiki_texts", root)
+    assert {"They dig.\nThey eat.", "They fly.", "Too short. Yes."} < set(texts) and len(texts) == 4
+    assert sorted(local_rows("wiki_sentences", root)) == sorted(f"fact {i}" for i in range(11))
+
+
+def test_code_is_of_the_environment_without_what_is_held_out(monkeypatch):
+    """It needs no data directory; files of a held-out package must not be among those drawn."""
+    monkeypatch.delenv("UNCAUSAL_DATA", raising=False)
+    drawn = []
+
+    def watched(files):
+        drawn.extend(file.path for file in files)
+        return real(files)
+
+    real = local.code_pairs
+    monkeypatch.setattr(local, "code_pairs", watched)
+    monkeypatch.setattr(local, "CODE_FILES", 150)
+    rows = local_rows("local:code", seed=1)
+    assert len(drawn) == 150 and len(rows) > 50 and rows[0].keys() == {"anchor", "positive"}
+    monkeypatch.setattr(local, "CODE_FILES", 10**6)
+    monkeypatch.setattr(local, "code_pairs", lambda files: drawn.extend(f.path for f in files) or [])
+    local_rows("local:code")
+    assert len(drawn) > 5000 and not any(path.startswith(("pandas/", "networkx/", "rich/")) for path in drawn)
+
+
 def test_order_is_the_seeds(root):
     assert local_rows("wiki_pairs", root, seed=1) == local_rows("wiki_pairs", root, seed=1)
     assert local_rows("wiki_pairs", root, seed=1) != local_rows("wiki_pairs", root, seed=2)
@@ -82,7 +113,17 @@ def test_unknown_set_and_directory_are_told(root, monkeypatch):
     assert data_dir() == root
 
 
-@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("name", TEXTS)
+def test_real_texts_are_many(name):
+    try:
+        texts = local_rows(name)
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    assert len(texts) > 5000 and all(isinstance(text, str) and text.strip() for text in texts)
+    assert not any("<doc" in text for text in texts)
+
+
+@pytest.mark.parametrize("name", sorted(SETS.keys() - {"code"}))
 def test_real_sets_are_of_one_form(name):
     try:
         root = data_dir()

@@ -1,7 +1,7 @@
-"""Training pairs from a data directory: what `--data-dir` or UNCAUSAL_DATA offers without internet.
+"""Training data without internet: pairs and texts of a data directory (`--data-dir` or UNCAUSAL_DATA).
 
-A name such as `local:nli` stands for one of SETS wherever a source of pairs is taken. No set holds a sentence
-of the STS Benchmark's test split, and none is an evaluation set of the mini suite.
+In a recipe a name such as `local:nli` stands for the pairs of one of SETS, or the texts of one of TEXTS. No
+pairs hold a sentence of the STS Benchmark's test split, and none are an evaluation set of the mini suite.
 """
 
 import csv
@@ -14,11 +14,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from uncausal.encoder.data.code import code_pairs
 from uncausal.encoder.data.rows import DataError
+from uncausal.encoder.data.sources import environment_files
 from uncausal.encoder.data.texts import sentences
 
 PREFIX = "local:"
 VARIABLE = "UNCAUSAL_DATA"
+CODE_FILES = 3000  # of the environment, for about 8,000 pairs
 
 
 def data_dir(path: str | Path | None = None) -> Path:
@@ -35,22 +38,34 @@ def data_dir(path: str | Path | None = None) -> Path:
     return Path(found)
 
 
-def local_rows(name: str, root: Path, seed: int = 0) -> list[dict[str, Any]]:
-    """Return the rows of one of SETS, in a random order.
+def check_local(name: str, root: str | Path | None = None) -> Path:
+    """Return the data directory of one of SETS or TEXTS, or raise as `local_rows` and `data_dir` do.
 
     Args:
-        name: one of SETS, with or without the prefix.
-        root: the data directory.
+        name: one of SETS or TEXTS, with or without the prefix.
+        root: the data directory; by default that of UNCAUSAL_DATA. "code" needs none.
+    """
+    name = name.removeprefix(PREFIX)
+    if name not in SETS and name not in TEXTS:
+        there = ", ".join(PREFIX + known for known in (*SETS, *TEXTS))
+        raise DataError(f"{PREFIX}{name}: no such set; there is {there}")
+    return Path() if name == "code" else data_dir(root)
+
+
+def local_rows(name: str, root: str | Path | None = None, seed: int = 0) -> list[Any]:
+    """Return the rows of one of SETS or the texts of one of TEXTS, in a random order.
+
+    Args:
+        name, root: as in `check_local`.
         seed: of the order, and of what a set draws.
 
     Raises:
         DataError: no set of that name; the message lists them.
+        FileNotFoundError: no data directory.
     """
-    name = name.removeprefix(PREFIX)
-    if name not in SETS:
-        raise DataError(f"{PREFIX}{name}: no such set; there is {', '.join(PREFIX + s for s in SETS)}")
+    folder, name = check_local(name, root), name.removeprefix(PREFIX)
     draw = random.Random(f"{name}-{seed}")
-    rows = list(SETS[name](root, draw))
+    rows: list[Any] = list(SETS[name](folder, draw) if name in SETS else TEXTS[name](folder))
     draw.shuffle(rows)
     return rows
 
@@ -111,12 +126,45 @@ def clinc(root: Path, draw: random.Random) -> Iterator[dict[str, Any]]:
             yield {"text": text, "label": label}
 
 
+def code(root: Path, draw: random.Random) -> Iterator[dict[str, Any]]:
+    """Docstring and function of the environment's packages, without those that evaluate code search."""
+    files = list(environment_files())
+    for row in code_pairs(draw.sample(files, min(CODE_FILES, len(files)))):
+        yield {"anchor": row["anchor"], "positive": row["positive"]}
+
+
+def wiki_texts(root: Path) -> Iterator[str]:
+    """Running text: paragraphs of Wikipedia, and whole articles."""
+    for file in sorted((root / "wiki_paragraphs").glob("train-*.tsv.gz")):
+        for _, paragraph in _tsv(file):
+            yield paragraph
+    for file in sorted((root / "wiki_articles").glob("*.txt.gz")):
+        with gzip.open(file, "rt", encoding="utf-8") as lines:
+            article: list[str] = []
+            for line in map(str.strip, lines):
+                if line == "</doc>":
+                    yield "\n".join(article[1:])  # the first line is the title
+                article = [] if line.startswith("<doc ") else [*article, line] if line else article
+
+
+def wiki_sentences(root: Path) -> Iterator[str]:
+    """Sentences of Wikipedia."""
+    for file in sorted((root / "wiki_sentences").glob("train-*.tsv.gz")):
+        for _, sentence in _tsv(file):
+            yield sentence
+
+
 SETS: dict[str, Callable[[Path, random.Random], Iterator[dict[str, Any]]]] = {
     "nli": nli,
     "wiki_pairs": wiki_pairs,
     "wiki_crops": wiki_crops,
     "medquad": medquad,
     "clinc": clinc,
+    "code": code,
+}
+TEXTS: dict[str, Callable[[Path], Iterator[str]]] = {
+    "wiki_texts": wiki_texts,
+    "wiki_sentences": wiki_sentences,
 }
 
 

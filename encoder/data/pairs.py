@@ -27,6 +27,7 @@ PAIR_NAMES = (
     ("anchor", "positive"),
     ("query", "positive"),
     ("question", "answer"),
+    ("query", "answer"),
     ("sentence1", "sentence2"),
 )
 NEGATIVE = re.compile(r"negative(?:_(\d+))?")
