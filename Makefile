@@ -1,4 +1,4 @@
-.PHONY: setup demo test check sanitize bench bench-gpu
+.PHONY: setup demo encoder test check sanitize bench bench-gpu
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -18,6 +18,13 @@ $(VENV)/.ready: pyproject.toml constraints.txt Makefile
 
 demo: setup
 	$(BIN)/uncausal demo
+
+# The best small encoder, on two CPU cores: `make encoder DATA=DIR`; without DATA from sets of the hub. An interrupted
+# run goes on where it stopped.
+ENCODER ?= my-encoder
+encoder: setup
+	$(BIN)/uncausal run encoder $(ENCODER) $(if $(DATA),--data-dir $(DATA),--variant hub)
+	@echo "The encoder is in $(ENCODER)/, and how it was made in $(ENCODER)/recipe.json"
 
 # two workers with one thread each
 test: setup

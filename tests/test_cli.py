@@ -60,7 +60,17 @@ def test_help_names_every_argument(command, capsys, monkeypatch):
     expected = {
         "convert": {"MODEL", "OUTPUT", "--json"},
         "prune": {"MODEL", "OUTPUT", "--pairs", "--keep", "--drop", "--limit", "--min-score", "--json"},
-        "run": {"RECIPE", "OUTPUT", "--list", "--variant", "--model", "--data", "--json"},
+        "run": {
+            "RECIPE",
+            "OUTPUT",
+            "--list",
+            "--variant",
+            "--model",
+            "--data",
+            "--data-dir",
+            "--plan",
+            "--json",
+        },
         "eval": {"MODEL", *options(evaluation.evaluate)},
         "encode": {"MODEL", "INPUT", "OUTPUT", *options(encoding.encode)},
         "search": {"TARGET", "REST", *options(encoding.search)},
@@ -230,7 +240,7 @@ def test_prune_refuses(cli_folder, tmp_path, capsys, extra, message):
         (["search", "encoder", "texts.txt"], "one or more queries"),
         (
             ["run", "missing.toml", "out"],
-            "no recipe 'missing.toml': give a TOML file or one of l3prune, llm2vec",
+            "no recipe 'missing.toml': give a TOML file or one of code, encoder, ",
         ),
         (["run", "llm2vec", "out", "--variant", "mistral"], "--data simcse=FILE"),
         (["run", "llm2vec"], "takes a RECIPE and an OUTPUT"),

@@ -41,8 +41,8 @@ def test_run_takes_a_recipe_of_the_package_by_name(byte_llama, cli_folder, tmp_p
 
     def shortened(name, variant):
         recipe = load(name, variant)
-        for stage in recipe.stages:
-            vars(stage).update({key: value for key, value in short.items() if hasattr(stage, key)})
+        for step in recipe.steps:
+            vars(step.settings).update({k: v for k, v in short.items() if hasattr(step.settings, k)})
         return recipe
 
     monkeypatch.setattr("uncausal.encoder.cli.training.load_recipe", shortened)

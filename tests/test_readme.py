@@ -59,11 +59,10 @@ def test_shell_lines_run_in_order(byte_llama, tmp_path, monkeypatch, capsys):
 
     def small(name, variant):
         recipe = load_recipe(name, variant)
-        for stage in recipe.stages:
-            vars(stage).update(
-                max_steps=1, batch_size=2, **({"chunk_tokens": 16} if stage.name == "mntp" else {})
-            )
-        recipe.model, recipe.data = str(byte_llama), ["articles.txt", *recipe.data[1:]]
+        for step in recipe.steps:
+            short = {"chunk_tokens": 16} if step.kind == "mntp" else {}
+            vars(step.settings).update(max_steps=1, batch_size=2, **short)
+        recipe.model, recipe.steps[0].data = str(byte_llama), "articles.txt"
         return recipe
 
     monkeypatch.setattr("uncausal.encoder.cli.training.load_recipe", small)

@@ -1,24 +1,28 @@
-"""Recipes: the published ones carry the papers' values, mistakes are named, and one runs from end to end."""
+"""Recipes: the published ones carry the papers' values, mistakes are named, and each runs from end to end."""
 
-import re
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+from tiny import FAST, PAIRS, TEXTS, save_checkpoint
 
-from uncausal import MNTP, Contrastive, SimCSE
-from uncausal.encoder.training.recipes import RecipeError, load_recipe, run_recipe
+from uncausal import MNTP, Contrastive, Encoder, Instruction, SimCSE, run_recipe
+from uncausal.encoder.loading import local_path
+from uncausal.encoder.pruning import Pruning
+from uncausal.encoder.training.plan import plan_recipe, plan_table
+from uncausal.encoder.training.recipes import RecipeError, Step, list_recipes, load_recipe
 
 RECIPES = Path(__file__).parent.parent / "recipes"
-TEXTS = [
-    f"{a} {b} {c}"
-    for a in "north south east west".split()
-    for b in "red blue green".split()
-    for c in "xyzuvw"
+ROWS = [(anchor, positive, TEXTS[(7 * i + 11) % 300]) for i, (anchor, positive) in enumerate(PAIRS[:64])]
+QUIET = {"dtype": "float32", "device": "cpu", "progress": False}
+MORE = [
+    ("fusion", "mini"),
+    ("fusion", "mini+no_mntp+last_token"),
+    ("nv_embed", "mini"),
+    ("code", "last_token"),
 ]
 
 RECIPE = """
@@ -26,7 +30,8 @@ name = "mine"
 [model]
 name = "some/model"
 pooling = "mean"
-[pruning]
+[[stage]]
+kind = "prune"
 keep = 3
 [[stage]]
 kind = "mntp"
@@ -44,7 +49,7 @@ bf16 = false
 [variant.plain]
 [variant.other]
 model.name = "other/model"
-pruning.keep = "small"
+stage.prune.keep = "small"
 stage.mntp.mask_share = 1.0
 stage.mntp.random_share = 0.0
 """
@@ -57,69 +62,104 @@ def write(path: Path, text: str = RECIPE) -> Path:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("causal")
-    tokenizer = Tokenizer(models.WordLevel(unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.train_from_iterator([*TEXTS, "_"], trainers.WordLevelTrainer(special_tokens=["<unk>", "<pad>"]))
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(fast),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        pad_token_id=1,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    AutoModelForCausalLM.from_config(config).save_pretrained(path)
-    fast.save_pretrained(path)
-    return path
+    return save_checkpoint(tmp_path_factory.mktemp("causal"), num_hidden_layers=4)
+
+
+def settings(name, variant=None):
+    return [step.settings for step in load_recipe(RECIPES / f"{name}.toml", variant).steps]
 
 
 def test_llm2vec_recipe_is_the_papers():
     """At step 1000 the rate is still 95 % of the first."""
     recipe = load_recipe(RECIPES / "llm2vec.toml")
     assert recipe.variant == "llama3" and recipe.options == {"bidirectional": True, "pooling": "mean"}
-    assert (
-        recipe.stages == [MNTP(schedule_steps=21600), SimCSE(schedule_steps=23438)] and recipe.pruning is None
-    )
+    assert settings("llm2vec") == [MNTP(schedule_steps=21600), SimCSE(schedule_steps=23438)]
     mistral = load_recipe(RECIPES / "llm2vec.toml", "mistral")
-    assert (
-        mistral.stages == [MNTP.mistral(schedule_steps=21600), SimCSE(schedule_steps=23438)]
-        and "Mistral-7B" in mistral.model
-    )
+    assert settings("llm2vec", "mistral")[0] == MNTP.mistral(schedule_steps=21600)
+    assert "Mistral-7B" in mistral.model
     assert "Qwen2.5-Coder" in load_recipe(RECIPES / "llm2vec.toml", "qwen2_5-coder").model
 
 
 def test_l3prune_recipe_is_the_papers():
     recipe = load_recipe(RECIPES / "l3prune.toml")
-    assert recipe.stages == [Contrastive.l3prune()]
+    assert settings("l3prune") == [Pruning(keep="large", triplets=6400), Contrastive.l3prune()]
     assert recipe.options == {"bidirectional": False, "pooling": "weighted_mean"}
-    assert recipe.pruning is not None and (recipe.pruning.keep, recipe.pruning.triplets) == ("large", 6400)
-    qwen = load_recipe(RECIPES / "l3prune.toml", "qwen2")
-    assert qwen.pruning is not None and qwen.pruning.keep == "small"
+    assert settings("l3prune", "qwen2")[0] == Pruning(keep="small")
 
 
-@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.toml")), ids=lambda p: p.stem)
-def test_every_variant_of_every_recipe_loads(path):
-    variants = re.findall(r"^\[variant\.(.+)\]$", path.read_text(), re.MULTILINE)
-    assert len(variants) >= 4
-    assert [load_recipe(path, variant).variant for variant in variants] == variants
+def test_nv_embed_recipe_is_the_papers():
+    first, second = settings("nv_embed")
+    paper = {
+        "batch_size": 128,
+        "warmup_steps": 500,
+        "weight_decay": 0.03,
+        "negatives": 7,
+        "lora_dropout": 0.1,
+    }
+    paper["gradient_checkpointing"] = True
+    assert first == Contrastive(max_steps=20000, learning_rate=2e-5, **paper)
+    assert second == Instruction(max_steps=18000, learning_rate=1.5e-5, **paper)
+    assert load_recipe("nv_embed").options == {"bidirectional": True, "pooling": "latent"}
+
+
+def test_fusion_variants_leave_out_what_they_name():
+    def shape(variant):
+        steps = load_recipe("fusion", variant).steps
+        return [(s.kind, s.pooling, list(getattr(s.settings, "matryoshka_dims", ()))) for s in steps]
+
+    dims = [576, 256, 128, 64]
+    whole = shape("mini")
+    assert whole == [
+        ("mntp", None, []),
+        ("prune", None, []),
+        ("contrastive", "latent", dims),
+        ("instruction", None, dims),
+    ]
+    assert shape("mini+no_mntp") == whole[1:]
+    assert shape("mini+no_instruction") == whole[:3]
+    assert all(dims == [] for _, _, dims in shape("mini+no_matryoshka"))
+    assert shape("mini+last_token")[2][1] == "last_token" and shape("mini+mean")[2][1] == "mean"
+    assert shape("coder-0_5b")[2][2] == [896, 512, 256, 128, 64]
+
+
+ALL = [(name, variant) for name, variants in list_recipes().items() for variant in variants]
+
+
+@pytest.mark.parametrize(("name", "variant"), ALL)
+def test_every_variant_of_every_recipe_loads(name, variant):
+    recipe = load_recipe(name, variant)
+    assert recipe.name == name and recipe.variant == variant and recipe.steps
+    for step in recipe.steps:  # a weight of a set that is not there would be found after hours only
+        weights = getattr(step.settings, "weights", {})
+        assert not weights or weights.keys() <= step.data.keys()
+    steps = recipe.with_data({s.kind: s.data or "pairs.jsonl" for s in recipe.steps if s.needs_data}, RECIPES)
+    assert [s.kind for s in steps] == [s.kind for s in recipe.steps]
+
+
+def test_all_recipes_are_there():
+    assert set(list_recipes()) == {"llm2vec", "l3prune", "nv_embed", "fusion", "encoder", "code"}
+    assert all("mini" in variants for name, variants in list_recipes().items() if name != "encoder")
 
 
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("max_steps", "max_step", r"stage 1 \(mntp\): unknown key 'max_step'; did you mean 'max_steps'\?"),
-        ("chunk_tokens", "max_length", r"stage 1 \(mntp\): unknown key 'max_length'"),
-        ("[pruning]", "[prune]", r"unknown key 'prune'; did you mean 'pruning'\?"),
+        ("max_steps", "max_step", r"stage 2 \(mntp\): unknown key 'max_step'; did you mean 'max_steps'\?"),
+        ("chunk_tokens", "max_length", r"stage 2 \(mntp\): unknown key 'max_length'"),
+        ('kind = "prune"', 'kind = "prun"', r"stage 1: kind is 'prun'; did you mean 'prune'\?"),
+        ('data = "text.txt"', "data = 3", r"stage 2 \(mntp\): data is 3; it must be a source, or a table"),
+        ('data = "text.txt"', 'pooling = "men"', r"pooling is 'men'; did you mean 'mean'\?"),
+        (
+            'kind = "mntp"',
+            'kind = "distill"\nteacher = 3',
+            r"stage 2 \(distill\): unknown key 'chunk_tokens'",
+        ),
+        ("keep = 3", "keep = 3\n[[stage]]\nkind='mntp'\ntrainer_arguments = {x = 1}", "it has no x"),
         ('pooling = "mean"', 'poling = "mean"', r"\[model\]: unknown key 'poling'; did you mean 'pooling'\?"),
-        ('kind = "mntp"', 'kind = "mtnp"', r"stage 1: kind is 'mtnp'; did you mean 'mntp'\?"),
-        ("keep = 3", 'keep = "medium"', r"\[pruning\]: Pruning\.keep is 'medium'"),
-        ("batch_size = 8", "batch_size = 0", r"stage 2 \(contrastive\): Contrastive\.batch_size is 0"),
-        ("batch_size = 8", 'batch_size = "8"', r"stage 2 \(contrastive\): "),
+        ('kind = "mntp"', 'kind = "mtnp"', r"stage 2: kind is 'mtnp'; did you mean 'mntp'\?"),
+        ("keep = 3", 'keep = "medium"', r"stage 1 \(prune\): Pruning\.keep is 'medium'"),
+        ("batch_size = 8", "batch_size = 0", r"stage 3 \(contrastive\): Contrastive\.batch_size is 0"),
+        ("batch_size = 8", 'batch_size = "8"', r"stage 3 \(contrastive\): "),
         (
             "stage.mntp.mask_share",
             "stage.mnpt.mask_share",
@@ -151,31 +191,150 @@ def test_load_recipe_unknown_variant_and_file(tmp_path):
 def test_run_recipe_end_to_end(checkpoint, tmp_path):
     """Convert, prune by losses, two stages, save; the same call again trains nothing; plain reload agrees."""
     recipe = load_recipe(write(tmp_path / "r.toml"), "other")
-    pairs = {"anchor": TEXTS, "positive": [" ".join(reversed(text.split())) for text in TEXTS]}
-    data = {"mntp": TEXTS, "contrastive": pairs}
     scores = []
 
     def evaluate(encoder):
         scores.append(len(encoder.backbone.layers))
         return {"layers": scores[-1]}
 
-    options = {"model": checkpoint, "data": data, "dtype": "float32", "device": "cpu", "progress": False}
+    options = {"model": checkpoint, "data": {"mntp": TEXTS, "contrastive": ROWS}, **QUIET}
     encoder = run_recipe(recipe, tmp_path / "out", eval=evaluate, **options)
     assert len(scores) == 2 and set(scores) <= {1, 2}  # small: in the lower half of four layers
-    assert sorted(p.name for p in (tmp_path / "out" / "stages").iterdir()) == ["1-mntp", "2-contrastive"]
+    found = sorted(p.name for p in (tmp_path / "out" / "stages").iterdir())
+    assert found == ["1-prune", "2-mntp", "3-contrastive"]
     vectors = encoder.encode(TEXTS[:5])
     plain = SentenceTransformer(str(tmp_path / "out"), device="cpu")
     np.testing.assert_allclose(plain.encode(TEXTS[:5]), vectors, atol=1e-5)
+    record = json.loads((tmp_path / "out" / "recipe.json").read_text())
+    prune, _, contrastive = record["stages"]
+    assert (record["recipe"], record["variant"], record["model"]) == ("mine", "other", str(checkpoint))
+    assert prune["outcome"]["kept"] == scores[0] and len(prune["outcome"]["losses"]) == 4
+    assert contrastive["outcome"]["metrics"] == {"layers": scores[0]} and contrastive["outcome"]["steps"] == 2
+    assert record["versions"]["torch"] == torch.__version__
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "`mine` of uncausal, variant `other`" in card and "| contrastive, mean pooling | a list |" in card
     stamps = {p: p.stat().st_mtime_ns for p in (tmp_path / "out" / "stages").rglob("*") if p.is_file()}
     again = run_recipe(recipe, tmp_path / "out", **options)
     np.testing.assert_array_equal(again.encode(TEXTS[:5]), vectors)
     assert stamps == {p: p.stat().st_mtime_ns for p in stamps}
 
 
-def test_run_recipe_asks_for_missing_data_before_loading(tmp_path):
+def cut(recipe):
+    """Every stage of a recipe made short and small enough for the tiny model."""
+    for step in recipe.steps:
+        pairs = step.data if isinstance(step.data, dict) else {}
+        step.data = dict.fromkeys(pairs, ROWS) or (ROWS if step.takes_pairs else TEXTS)
+        if isinstance(step.settings, Pruning):
+            step.settings.triplets = 16
+            step.settings.keep = (
+                min(step.settings.keep, 2) if isinstance(step.settings.keep, int) else "small"
+            )
+            continue
+        fields = {**FAST, "max_steps": 1, "schedule_steps": None, "batch_size": 4, "chunk_tokens": 8}
+        fields |= {"max_length": 8, "matryoshka_dims": [32, 16], "matryoshka_weights": [1.0, 0.5]}
+        fields |= {"negatives": 1, "mini_batch_size": 2, "columns": None}
+        there = vars(step.settings)
+        there.update({name: value for name, value in fields.items() if there.get(name) not in (None, [], ())})
+    recipe.options |= {"num_layers": 3} if "num_layers" in recipe.options else {}
+    return recipe
+
+
+@pytest.mark.parametrize(("name", "variant"), [*((n, None) for n in list_recipes()), *MORE])
+def test_every_recipe_runs_from_end_to_end(name, variant, checkpoint, tmp_path):
+    """On a tiny model, a step a stage; the sets keep their names, so that weights find them."""
+    recipe = cut(load_recipe(name, variant))
+    encoder = run_recipe(recipe, tmp_path, model=checkpoint, **QUIET)
+    assert np.isfinite(encoder.encode(TEXTS[:3])).all()
+    record = json.loads((tmp_path / "recipe.json").read_text())
+    assert [stage["kind"] for stage in record["stages"]] == [step.kind for step in recipe.steps]
+    last = record["stages"][-1]
+    assert last["outcome"]["steps"] == 1 and np.isfinite(last["outcome"]["loss"])
+    wanted = [s.pooling for s in recipe.steps if s.pooling] or [recipe.options["pooling"]]
+    assert Encoder(str(tmp_path), device="cpu").pooling == wanted[-1] == last["pooling"]
+
+
+def test_self_taught_and_latent_after_pruning(checkpoint, tmp_path, monkeypatch):
+    """The encoder before pruning teaches; latent weights and the depth are the same when run again."""
+    text = """
+[model]
+name = "some/model"
+[[stage]]
+kind = "contrastive"
+[[stage]]
+kind = "prune"
+[[stage]]
+kind = "distill"
+teacher = "self"
+pooling = "latent"
+"""
+    recipe = load_recipe(write(tmp_path / "r.toml", text))
+    for step in recipe.steps:
+        vars(step.settings).update(FAST | {"max_steps": 2, "batch_size": 8, "triplets": 16, "keep": "small"})
+    options = {"model": checkpoint, "data": {"contrastive": ROWS, "prune": ROWS, "distill": TEXTS}, **QUIET}
+    first = run_recipe(recipe, tmp_path / "out", **options)
+    stages = tmp_path / "out" / "stages"
+    teacher = Encoder(str(stages / "2-prune" / "teacher"), device="cpu")
+    assert teacher.num_layers == 4 and teacher.pooling == "mean" and first.num_layers < 4
+    np.testing.assert_allclose(
+        np.load(stages / "3-distill" / "vectors.npy"), teacher.encode(TEXTS), atol=1e-4
+    )
+
+    def computed(*args, **kwargs):
+        raise AssertionError("the curve was computed again")
+
+    monkeypatch.setattr(Pruning, "choose", computed)
+    again = run_recipe(recipe, tmp_path / "out", **options)
+    np.testing.assert_array_equal(again.encode(TEXTS[:5]), first.encode(TEXTS[:5]))
+    recipe.steps[1].settings.triplets = 12
+    with pytest.raises(AssertionError, match="computed again"):
+        run_recipe(recipe, tmp_path / "out", **options)
+    unpruned = text.replace('[[stage]]\nkind = "prune"\n', "")
+    with pytest.raises(RecipeError, match=r"stage 2: teacher 'self' needs a prune stage before it"):
+        load_recipe(write(tmp_path / "s.toml", unpruned))
+
+
+def test_texts_of_several_sources_are_one_after_another(tmp_path):
+    (tmp_path / "a.txt").write_text("one\ntwo\n")
+    step = Step("simcse", SimCSE(), {"a": str(tmp_path / "a.txt"), "b": str(tmp_path / "a.txt")})
+    assert step.read() == ["one", "two", "one", "two"]
+
+
+def test_plan_counts_tokens_and_leaves_no_trace(checkpoint, tmp_path):
+    recipe = load_recipe(write(tmp_path / "r.toml"), "plain")
+    data = {"mntp": TEXTS, "contrastive": ROWS}
+    plan = plan_recipe(recipe, tmp_path / "out", model=checkpoint, data=data, dtype="float32", device="cpu")
+    prune, mntp, contrastive = plan["stages"]
+    assert prune == {"kind": "prune", "layers": 3}
+    assert (mntp["steps"], mntp["tokens"], mntp["layers"]) == (2, 2 * 4 * 8, 3)
+    words = [sum(len(text.split()) for text in row) for row in ROWS]
+    assert contrastive["tokens"] == pytest.approx(2 * 8 * sum(words) / len(words), rel=0.05)
+    for row in (mntp, contrastive):
+        assert row["hours"] == pytest.approx(row["tokens"] / row["tokens_per_second"] / 3600, abs=1e-3)
+        assert row["memory_gib"] >= 0
+    lines = plan_table(plan).splitlines()
+    assert "threads" in lines[0] and lines[2].split()[:4] == ["stage", "layers", "steps", "tokens"]
+    assert [line.split()[0] for line in lines[3:6]] == ["prune", "mntp", "contrastive"]
+
+
+def test_run_recipe_asks_for_missing_data_before_loading(tmp_path, monkeypatch):
+    monkeypatch.delenv("UNCAUSAL_DATA", raising=False)
     recipe = load_recipe(write(tmp_path / "r.toml"), "other")
-    with pytest.raises(RecipeError, match=r"needs data for pruning, contrastive: data=\{'pruning'"):
+    with pytest.raises(RecipeError, match=r"needs data for prune, contrastive: data=\{'prune'"):
         run_recipe(recipe, tmp_path / "out")
     with pytest.raises(RecipeError, match=r"has no stage 'simcse'"):
         run_recipe(recipe, tmp_path / "out", data={"simcse": TEXTS})
+    with pytest.raises(RecipeError, match=r"local:nli holds pairs, and mntp takes texts"):
+        run_recipe(
+            recipe, tmp_path / "out", data={"mntp": "local:nli", "contrastive": ROWS}, data_dir=tmp_path
+        )
+    with pytest.raises(FileNotFoundError, match="--data-dir"):
+        run_recipe(recipe, tmp_path / "out", data={"contrastive": {"one": "local:nli"}})
     assert not (tmp_path / "out").exists()
+
+
+def test_model_inside_an_installed_package_is_found():
+    assert local_path("package:pytest/py.typed").name == "py.typed" and local_path("some/model") == Path(
+        "some/model"
+    )
+    with pytest.raises(FileNotFoundError, match=r"no file x\.gguf of an installed package pytest"):
+        Encoder.from_pretrained("package:pytest/x.gguf")

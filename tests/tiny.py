@@ -35,7 +35,6 @@ def save_checkpoint(path: Path, **changes) -> Path:
         vocab_size=len(fast),
         hidden_size=32,
         intermediate_size=64,
-        num_hidden_layers=LAYERS,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=64,
@@ -43,7 +42,7 @@ def save_checkpoint(path: Path, **changes) -> Path:
         pad_token_id=1,
         eos_token_id=2,
         bos_token_id=None,
-        **{"tie_word_embeddings": False, **changes},
+        **{"num_hidden_layers": LAYERS, "tie_word_embeddings": False, **changes},
     )
     AutoModelForCausalLM.from_config(config).save_pretrained(path)
     fast.save_pretrained(path)

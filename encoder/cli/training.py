@@ -1,15 +1,18 @@
 """Commands that train: one of a stage each, and run, which follows a recipe."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from tyro.conf import FlagConversionOff, Positional, UseAppendAction
 
 from uncausal.encoder.cli.encoding import read
 from uncausal.encoder.cli.options import Json, Loading, check_writable, facts, report
 from uncausal.encoder.training import run as training
-from uncausal.encoder.training.recipes import list_recipes, load_recipe, run_recipe
+from uncausal.encoder.training.follow import run_recipe
+from uncausal.encoder.training.plan import plan_recipe, plan_table
+from uncausal.encoder.training.recipes import list_recipes, load_recipe
 from uncausal.encoder.training.stages.contrastive import Contrastive
 from uncausal.encoder.training.stages.registry import STAGES
 
@@ -63,6 +66,8 @@ def run(
     variant: str | None = None,
     model: str | None = None,
     data: UseAppendAction[tuple[str, ...]] = (),
+    data_dir: Path | None = None,
+    plan: bool = False,
     as_json: Json = False,
 ) -> None:
     """Run every step of a recipe.
@@ -71,15 +76,17 @@ def run(
         recipe: name of a recipe that comes with the package (see --list), or a TOML file.
         output: folder to write; an interrupted run resumes from it.
         list: print the recipes that come with the package and their variants.
-        variant: one of the recipe's variants; by default the first.
+        variant: one of the recipe's variants, or several as mini+no_mntp; by default the first.
         model: instead of the recipe's own model.
         data: data of a stage, as STAGE=FILE.
+        data_dir: folder of the recipe's sources local:NAME; by default UNCAUSAL_DATA.
+        plan: train nothing; time a step of every stage and print steps, tokens, memory and hours.
     """
     if list:
         for name, variants in list_recipes().items():
             print(f"{name}: {', '.join(variants)}")
         return
-    if recipe is None or output is None:
+    if recipe is None or output is None and not plan:
         raise ValueError(
             "uncausal run takes a RECIPE and an OUTPUT folder; uncausal run --list names the recipes"
         )
@@ -87,5 +94,11 @@ def run(
     if len(sources) != len(data):
         raise ValueError("--data takes STAGE=FILE, for example --data mntp=text.txt")
     loaded = load_recipe(recipe, variant)
+    options: dict[str, Any] = {"model": model, "data": sources, "data_dir": data_dir}
+    if plan:
+        planned = plan_recipe(loaded, output, **options)
+        print(json.dumps(planned) if as_json else plan_table(planned))
+        return
+    assert output is not None
     check_writable(output, folder=True)
-    report(facts(run_recipe(loaded, output, model=model, data=sources), output), as_json)
+    report(facts(run_recipe(loaded, output, **options), output), as_json)

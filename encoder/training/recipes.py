@@ -1,24 +1,31 @@
 """Recipes: TOML files that say how a model becomes an encoder, from conversion to the last stage.
 
 name = "mine"
-[model]                 arguments of Encoder.from_pretrained, `name` among them
-[pruning]               optional: keep = "small", "large" or a number, or drop = a fraction
-[[stage]]               in order: kind = "mntp", "simcse" or "contrastive", data, and fields of that stage
-[variant.NAME]          overrides: model.name = ..., pruning.keep = ..., stage.mntp.mask_probability = ...
+[model]            arguments of Encoder.from_pretrained, `name` among them
+[[stage]]          in order: kind = "mntp", "simcse", "contrastive", "instruction" or "distill", and fields of
+                   that stage; or kind = "prune", and fields of Pruning. Any may have
+                   data = a file, a dataset's name, local:NAME (data/local.py), or a table of them, a set each
+                   pooling = what the encoder pools with from here on
+[variant.NAME]     overrides: model.name = ..., stage.mntp.mask_probability = ... (all stages of that kind),
+                   without = kinds left out. "one+other" applies two, one after another.
 """
 
 import dataclasses
 import difflib
-import logging
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import uncausal
+from uncausal.encoder.data.local import PREFIX, SETS, check_local, local_rows
+from uncausal.encoder.data.texts import read_texts
+from uncausal.encoder.pooling import POOLING_MODES
 from uncausal.encoder.pruning import Pruning
 from uncausal.encoder.training.stages.base import Stage
+from uncausal.encoder.training.stages.contrastive import Contrastive
+from uncausal.encoder.training.stages.distill import Distill
 from uncausal.encoder.training.stages.registry import STAGES
 
 if sys.version_info >= (3, 11):
@@ -26,10 +33,13 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-logger = logging.getLogger(__name__)
 INCLUDED = Path(uncausal.__file__).parent / "recipes"
-SECTIONS = ("name", "model", "pruning", "stage", "variant")
+SECTIONS = ("name", "model", "stage", "variant")
 MODEL_KEYS = ("bidirectional", "pooling", "num_layers", "attention", "dtype", "normalize", "max_seq_length")
+STEP_KEYS = ("kind", "data", "pooling")
+KINDS = {**STAGES, "prune": Pruning}
+POOLINGS = (*POOLING_MODES, "latent")
+SELF = "self"
 
 
 class RecipeError(ValueError):
@@ -37,23 +47,90 @@ class RecipeError(ValueError):
 
 
 @dataclass
-class Recipe:
-    """A recipe with one variant applied.
+class Step:
+    """A stage of a recipe, or a pruning.
 
     Attributes:
-        name: of the recipe. variant: the one applied, or None where there is none.
+        kind: its name in the recipe.
+        settings: what it is trained with, or how many layers are kept.
+        data: a source, or set name -> source; None where the caller must give it.
+        pooling: what the encoder pools with from here on; None keeps what it has.
+    """
+
+    kind: str
+    settings: Stage | Pruning
+    data: Any = None
+    pooling: str | None = None
+
+    @property
+    def takes_pairs(self) -> bool:
+        return isinstance(self.settings, Contrastive | Pruning)
+
+    @property
+    def needs_data(self) -> bool:
+        return self.settings.needs_data if isinstance(self.settings, Pruning) else True
+
+    def read(self, folder: str | Path | None = None) -> Any:
+        """Return the data as the stage takes it; `folder` is the data directory of sources local:NAME."""
+        several = isinstance(self.data, Mapping) and all(isinstance(s, str) for s in self.data.values())
+        sets = {name: _read(source, folder) for name, source in self.data.items()} if several else None
+        if self.takes_pairs:
+            return _read(self.data, folder) if sets is None else sets
+        parts = [_read(self.data, folder)] if sets is None else list(sets.values())
+        return [t for part in parts for t in (read_texts(part) if isinstance(part, str | Path) else part)]
+
+
+@dataclass
+class Recipe:
+    """A recipe with its variants applied.
+
+    Attributes:
+        name: of the recipe. variant: what was applied, or None where there is none.
         model: Hugging Face id or path. options: further arguments of `Encoder.from_pretrained`.
-        pruning: or None.
-        stages: in order. data: one source per stage, or None where the caller must give it.
+        steps: in order.
     """
 
     name: str
     variant: str | None
     model: str
     options: dict[str, Any]
-    pruning: Pruning | None
-    stages: list[Stage]
-    data: list[Any] = field(default_factory=list)
+    steps: list[Step]
+
+    def with_data(self, data: Mapping[str, Any] | None, folder: str | Path | None = None) -> list[Step]:
+        """Return the steps with the caller's data, checked as far as it goes without reading them.
+
+        Args:
+            data: kind of stage -> data, instead of the recipe's. A prune step without any takes that of the
+                next stage of pairs.
+            folder: the data directory of sources local:NAME.
+
+        Raises:
+            RecipeError: a stage has no data, or there is no such stage.
+            DataError, FileNotFoundError: there is no such local set, or no data directory.
+        """
+        given, kinds = dict(data or {}), [step.kind for step in self.steps]
+        for kind in given.keys() - {*kinds}:
+            raise RecipeError(f"recipe {self.name!r} has no stage {kind!r}{_nearest(kind, kinds)}")
+        steps = [replace(step, data=given.get(step.kind, step.data)) for step in self.steps]
+        for number, step in enumerate(steps):
+            if step.kind == "prune" and step.needs_data and step.data is None:
+                later = (s.data for s in steps[number + 1 :] if s.takes_pairs and s.data is not None)
+                step.data = next(later, None)
+        missing = list(dict.fromkeys(s.kind for s in steps if s.needs_data and s.data is None))
+        if missing:
+            raise RecipeError(
+                f"recipe {self.name!r} needs data for {', '.join(missing)}: "
+                f"data={{{missing[0]!r}: ...}}, or --data {missing[0]}=FILE"
+            )
+        for step in steps:
+            for name in _local_names(step.data):
+                check_local(name, folder)
+                if (name.removeprefix(PREFIX) in SETS) != step.takes_pairs:
+                    held, wanted = ("texts", "pairs") if step.takes_pairs else ("pairs", "texts")
+                    raise RecipeError(
+                        f"recipe {self.name!r}: {name} holds {held}, and {step.kind} takes {wanted}"
+                    )
+        return steps
 
 
 def list_recipes() -> dict[str, list[str]]:
@@ -81,7 +158,7 @@ def load_recipe(path: str | Path, variant: str | None = None) -> Recipe:
 
     Args:
         path: TOML file, or the name of a recipe that comes with the package.
-        variant: one of the file's; the first by default.
+        variant: one of the file's, or several joined by "+"; the first by default.
 
     Raises:
         FileNotFoundError: no such file.
@@ -93,129 +170,78 @@ def load_recipe(path: str | Path, variant: str | None = None) -> Recipe:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: not valid TOML: {error}") from None
     _check_keys(content, SECTIONS, str(path))
-    variants = content.pop("variant", {})
+    tables = content.get("stage", [])
+    if not isinstance(tables, list) or not isinstance(content.get("model"), dict):
+        raise RecipeError(f"{path}: needs a table [model] and stages as [[stage]]")
+    variants = content.get("variant", {})
     if variant is None:
         variant = next(iter(variants), None)
-    elif variant not in variants:
-        raise RecipeError(f"{path}: no variant {variant!r}{_nearest(variant, variants)}")
-    stages = content.get("stage", [])
-    if not isinstance(stages, list) or not isinstance(content.get("model"), dict):
-        raise RecipeError(f"{path}: needs a table [model] and stages as [[stage]]")
-    if variant is not None:
-        _override(content, stages, variants[variant], f"{path}: [variant.{variant}]")
+    for name in variant.split("+") if variant else ():
+        if name not in variants:
+            raise RecipeError(f"{path}: no variant {name!r}{_nearest(name, variants)}")
+        tables = _override(content, tables, variants[name], f"{path}: [variant.{name}]")
     model = dict(content["model"])
     if "name" not in model:
         raise RecipeError(f"{path}: [model] has no name")
     _check_keys(model, ("name", *MODEL_KEYS), f"{path}: [model]")
-    pruning = None
-    if "pruning" in content:
-        pruning = _build(Pruning, content["pruning"], f"{path}: [pruning]")
-    built, data = [], []
-    for number, table in enumerate(stages, 1):
-        table, where = dict(table), f"{path}: stage {number}"
-        kind = table.pop("kind", None)
-        if kind not in STAGES:
-            raise RecipeError(f"{where}: kind is {kind!r}{_nearest(str(kind), STAGES)}")
-        data.append(table.pop("data", None))
-        built.append(_build(STAGES[kind], table, f"{where} ({kind})", extra=("kind", "data")))
-    name = content.get("name", path.stem)
-    return Recipe(name, variant, model.pop("name"), model, pruning, built, data)
+    steps = []
+    for number, table in enumerate(tables, 1):
+        steps.append(_step(table, f"{path}: stage {number}"))
+        own = isinstance(steps[-1].settings, Distill) and steps[-1].settings.teacher == SELF
+        if own and all(step.kind != "prune" for step in steps):
+            raise RecipeError(f"{path}: stage {number}: teacher {SELF!r} needs a prune stage before it")
+    return Recipe(content.get("name", path.stem), variant, model.pop("name"), model, steps)
 
 
-def run_recipe(
-    recipe: Recipe,
-    output: str | Path,
-    *,
-    model: str | Path | None = None,
-    data: Mapping[str, Any] | None = None,
-    resume: bool = True,
-    eval: Callable[[Any], Mapping[str, float]] | None = None,
-    progress: bool = True,
-    **options: Any,
-) -> Any:
-    """Convert, prune, train every stage and save.
-
-    Args:
-        recipe: from `load_recipe`.
-        output: the encoder is saved here, and the stages leave their adapters in `stages/` inside. The same
-            call after an interruption goes on where it stopped.
-        model: instead of the recipe's.
-        data: kind of stage -> data as `train` takes it, instead of the recipe's. Pruning by losses uses that
-            of "pruning", else of "contrastive".
-        resume: False starts every stage afresh.
-        eval: as in `train`, after every stage.
-        options: override the recipe's arguments of `Encoder.from_pretrained`.
-
-    Returns:
-        The encoder.
-
-    Raises:
-        RecipeError: a stage has no data.
-    """
-    from uncausal.encoder.model import Encoder
-    from uncausal.encoder.training.run import train
-
-    given = dict(data or {})
-    kinds = [stage.name for stage in recipe.stages]
-    unknown = sorted(given.keys() - {*kinds, "pruning"})
-    if unknown:
-        raise RecipeError(f"recipe {recipe.name!r} has no stage {unknown[0]!r}{_nearest(unknown[0], kinds)}")
-    sources = [given.get(k, source) for k, source in zip(kinds, recipe.data, strict=True)]
-    missing = [kind for kind, source in zip(kinds, sources, strict=True) if source is None]
-    triplets = given.get("pruning", dict(zip(kinds, sources, strict=True)).get("contrastive"))
-    if recipe.pruning is not None and recipe.pruning.needs_data and triplets is None:
-        missing.insert(0, "pruning")
-    if missing:
-        raise RecipeError(
-            f"recipe {recipe.name!r} needs data for {', '.join(missing)}: "
-            f"data={{{missing[0]!r}: ...}}, or --data {missing[0]}=FILE"
-        )
-    encoder: Any = Encoder.from_pretrained(model or recipe.model, **{**recipe.options, **options})
-    if recipe.pruning is not None:
-        choice = recipe.pruning.choose(encoder, triplets, show_progress_bar=progress)
-        logger.info("pruning: %s", choice)
-        encoder.prune(choice.kept)
-    for number, (stage, source) in enumerate(zip(recipe.stages, sources, strict=True), 1):
-        folder = Path(output) / "stages" / f"{number}-{stage.name}"
-        result = train(encoder, stage, source, folder, resume, eval, progress=progress)
-        logger.info(
-            "%s: %d steps, %.0f tokens/s %s",
-            stage.name,
-            result.steps,
-            result.tokens_per_second,
-            result.metrics,
-        )
-    encoder.save_pretrained(str(output))
-    return encoder
-
-
-def _override(content: dict[str, Any], stages: list[dict], changes: dict[str, Any], where: str) -> None:
-    _check_keys(changes, ("model", "pruning", "stage"), where)
-    for section in ("model", "pruning"):
-        if section in changes:
-            content[section] = {**content.get(section, {}), **changes[section]}
-    for kind, fields in changes.get("stage", {}).items():
-        matching = [stage for stage in stages if stage.get("kind") == kind]
-        if not matching:
-            raise RecipeError(
-                f"{where}: no stage {kind!r}{_nearest(kind, [s.get('kind', '') for s in stages])}"
-            )
-        for stage in matching:
-            stage.update(fields)
-
-
-def _build(cls: Any, table: Mapping[str, Any], where: str, extra: Sequence[str] = ()) -> Any:
-    names = [f.name for f in dataclasses.fields(cls)]
-    _check_keys(table, (*names, *extra), where)
+def _step(table: Mapping[str, Any], where: str) -> Step:
+    kind = table.get("kind")
+    if kind not in KINDS:
+        raise RecipeError(f"{where}: kind is {kind!r}{_nearest(str(kind), KINDS)}")
+    where = f"{where} ({kind})"
+    pooling, data = table.get("pooling"), table.get("data")
+    if pooling is not None and pooling not in POOLINGS:
+        raise RecipeError(f"{where}: pooling is {pooling!r}{_nearest(str(pooling), POOLINGS)}")
+    sources = data.values() if isinstance(data, dict) else [data]
+    if data is not None and not all(isinstance(source, str) for source in sources):
+        raise RecipeError(f"{where}: data is {data!r}; it must be a source, or a table of sources")
+    names = [field.name for field in dataclasses.fields(KINDS[kind])]
+    _check_keys(table, (*names, *STEP_KEYS), where)
     try:
-        return cls(**table)
+        settings = KINDS[kind](**{key: value for key, value in table.items() if key not in STEP_KEYS})
     except (TypeError, ValueError) as error:
         raise RecipeError(f"{where}: {error}") from None
+    return Step(kind, settings, data, pooling)
 
 
-def _check_keys(table: Mapping[str, Any], valid: Iterable[str], where: str) -> None:
+def _override(
+    content: dict[str, Any], tables: list[dict[str, Any]], changes: dict[str, Any], where: str
+) -> list[dict[str, Any]]:
+    """Apply a variant to the content's [model]; return the stages with it applied."""
+    _check_keys(changes, ("model", "stage", "without"), where)
+    content["model"] = {**content["model"], **changes.get("model", {})}
+    kinds = [table.get("kind", "") for table in tables]
+    without = changes.get("without", [])
+    for kind in (*without, *changes.get("stage", {})):
+        if kind not in kinds:
+            raise RecipeError(f"{where}: no stage {kind!r}{_nearest(kind, kinds)}")
+    kept = [table for table in tables if table.get("kind") not in without]
+    return [{**table, **changes.get("stage", {}).get(table.get("kind"), {})} for table in kept]
+
+
+def _read(source: Any, folder: str | Path | None) -> Any:
+    local = isinstance(source, str) and source.startswith(PREFIX)
+    return local_rows(source, folder) if local else source
+
+
+def _local_names(data: Any) -> Iterator[str]:
+    for source in data.values() if isinstance(data, Mapping) else [data]:
+        if isinstance(source, str) and source.startswith(PREFIX):
+            yield source
+
+
+def _check_keys(table: Mapping[str, Any], valid: Sequence[str], where: str) -> None:
     for key in table:
-        if key not in set(valid):
+        if key not in valid:
             raise RecipeError(f"{where}: unknown key {key!r}{_nearest(key, valid)}")
 
 

@@ -35,7 +35,7 @@ _HOME = {
     "layer_losses": "encoder.pruning",
     "prune_layers": "encoder.pruning",
     "load_recipe": "encoder.training.recipes",
-    "run_recipe": "encoder.training.recipes",
+    "run_recipe": "encoder.training.follow",
     "MNTP": "encoder.training.stages.mntp",
     "Contrastive": "encoder.training.stages.contrastive",
     "Distill": "encoder.training.stages.distill",
@@ -54,7 +54,8 @@ if TYPE_CHECKING:
     from uncausal.encoder.pruning import l3prune, layer_losses, prune_layers
     from uncausal.encoder.training.mining import Mining
     from uncausal.encoder.training.losses import InfoNCELoss, masked_next_token_loss
-    from uncausal.encoder.training.recipes import load_recipe, run_recipe
+    from uncausal.encoder.training.follow import run_recipe
+    from uncausal.encoder.training.recipes import load_recipe
     from uncausal.encoder.training.run import train
     from uncausal.encoder.training.stages.contrastive import Contrastive
     from uncausal.encoder.training.stages.distill import Distill

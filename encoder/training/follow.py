@@ -1,0 +1,225 @@
+"""Follows a recipe: every stage in order, from where an interrupted run stopped, and a record of it all."""
+
+import dataclasses
+import json
+import logging
+import platform
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import asdict, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+
+from uncausal.encoder.files import staged_file
+from uncausal.encoder.model import Encoder
+from uncausal.encoder.pruning import Choice, Depths, Pruning
+from uncausal.encoder.training.checkpoints import FINAL, RECORD
+from uncausal.encoder.training.ranks import process_state, together
+from uncausal.encoder.training.recipes import SELF, Recipe, Step
+from uncausal.encoder.training.run import train
+from uncausal.encoder.training.stages.base import Stage
+from uncausal.encoder.training.stages.distill import Distill
+
+logger = logging.getLogger(__name__)
+CHOICE, TEACHER, VECTORS, RESULT = "choice.json", "teacher", "vectors.npy", "recipe.json"
+PACKAGES = ("uncausal", "torch", "transformers", "sentence-transformers", "peft", "accelerate", "datasets")
+
+
+def run_recipe(
+    recipe: Recipe,
+    output: str | Path,
+    *,
+    model: str | Path | None = None,
+    data: Mapping[str, Any] | None = None,
+    data_dir: str | Path | None = None,
+    resume: bool = True,
+    eval: Callable[[Any], Mapping[str, float]] | None = None,
+    progress: bool = True,
+    **options: Any,
+) -> Encoder:
+    """Convert, go through every stage and save.
+
+    Args:
+        recipe: from `load_recipe`.
+        output: the encoder is saved here, with recipe.json that says how it came about; what the stages leave
+            is in `stages/` inside. The same call after an interruption goes on where it stopped.
+        model: instead of the recipe's.
+        data: kind of stage -> data as `train` takes it, instead of the recipe's. A prune stage without data
+            takes that of the next stage of pairs.
+        data_dir: where sources local:NAME are; by default UNCAUSAL_DATA.
+        resume: False starts every stage afresh.
+        eval: as in `train`, after every stage.
+        options: override the recipe's arguments of `Encoder.from_pretrained`.
+
+    Returns:
+        The encoder.
+
+    Raises:
+        RecipeError: a stage has no data.
+    """
+    steps, stages = recipe.with_data(data, data_dir), Path(output) / "stages"
+    name = str(model or recipe.model)
+    encoder = Encoder.from_pretrained(name, **{**recipe.options, **options})
+    process_state(encoder.device)
+    records, teacher = [], None
+    for number, step in enumerate(steps, 1):
+        folder = stages / f"{number}-{step.kind}"
+        set_pooling(encoder, step)
+        if isinstance(step.settings, Pruning):
+            teacher = folder / TEACHER
+            if _teaches(steps[number:]):
+                save_once(encoder, teacher, resume)
+            choice = choose(step, encoder, folder, data_dir, resume, progress)
+            encoder.prune(choice.kept)
+            outcome = choice._asdict()
+        else:
+            stage = settings_of(step, teacher, folder)
+            result = train(encoder, stage, step.read(data_dir), folder, resume, eval, progress=progress)
+            outcome = {"metrics": result.metrics, **outcome_of(folder)}
+            logger.info("%s: %s", step.kind, outcome)
+        records.append({**describe_step(step), "pooling": encoder.pooling, "outcome": outcome})
+    save(encoder, Path(output), recipe, name, records)
+    return encoder
+
+
+def set_pooling(encoder: Encoder, step: Step) -> None:
+    """Set the pooling that a step asks for, unless the encoder has it; a rerun draws the same new weights."""
+    if step.pooling not in (None, encoder.pooling):
+        with torch.random.fork_rng():
+            torch.manual_seed(getattr(step.settings, "seed", 0))
+            encoder.set_pooling(step.pooling)  # pyright: ignore[reportArgumentType]
+
+
+def settings_of(step: Step, teacher: Path | None, folder: Path) -> Stage:
+    """The stage of a step, with the encoder before the last prune step for the teacher "self"."""
+    stage: Any = step.settings
+    if isinstance(stage, Distill) and stage.teacher == SELF:
+        folder.mkdir(parents=True, exist_ok=True)
+        return replace(stage, teacher=str(teacher), vectors=stage.vectors or str(folder / VECTORS))
+    return stage
+
+
+def choose(step: Step, encoder: Encoder, folder: Path, data_dir: Any, resume: bool, progress: bool) -> Choice:
+    """Decide a depth, or take what an earlier run decided for the same settings, data and model."""
+    pruning: Any = step.settings
+    made_for = {
+        "settings": asdict(pruning),
+        "data": repr(step.data) if pruning.needs_data else None,
+        "pooling": encoder.pooling,
+        "layers": encoder.num_layers,
+        "model": str(encoder.backbone.config._name_or_path),
+    }
+    file = folder / CHOICE
+    if resume and file.exists():
+        with suppress(ValueError, KeyError):
+            found = json.loads(file.read_text())
+            if found["made_for"] == made_for:
+                depths = found["depths"] and Depths(*found["depths"])
+                return Choice(found["kept"], depths, found["losses"])
+    triplets = step.read(data_dir) if pruning.needs_data else None
+    choice = pruning.choose(encoder, triplets, show_progress_bar=progress)
+    logger.info("pruning: %s", choice)
+    with together():
+        if PartialState().is_main_process:
+            folder.mkdir(parents=True, exist_ok=True)
+            with staged_file(file) as out:
+                out.write(json.dumps({"made_for": made_for, **choice._asdict()}, indent=2).encode())
+    return choice
+
+
+def save_once(encoder: Encoder, folder: Path, resume: bool) -> None:
+    """Save the encoder for a later stage to learn from."""
+    with together():
+        if PartialState().is_main_process and not (resume and folder.exists()):
+            encoder.save_pretrained(str(folder))
+
+
+def save(encoder: Encoder, output: Path, recipe: Recipe, model: str, records: list[dict[str, Any]]) -> None:
+    """Save the encoder, recipe.json beside it, and a section of the model card that says the same."""
+    record = {"recipe": recipe.name, "variant": recipe.variant, "model": model, "stages": records}
+    record["versions"] = {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
+    with together():
+        if not PartialState().is_main_process:
+            return
+        encoder.model_card_data.tags = sorted(
+            {*(encoder.model_card_data.tags or ()), "uncausal", recipe.name}
+        )
+        encoder.save_pretrained(str(output))
+        with staged_file(output / RESULT) as out:
+            out.write(json.dumps(record, indent=2, default=str).encode())
+        card = output / "README.md"
+        with staged_file(card) as out:
+            out.write((card.read_text("utf8") + card_section(record)).encode())
+
+
+def card_section(record: Mapping[str, Any]) -> str:
+    """The model card's section on the recipe, in Markdown."""
+    variant = f", variant `{record['variant']}`" if record["variant"] else ""
+    lines = [
+        "",
+        "",
+        "## Recipe",
+        "",
+        f"`{record['recipe']}` of uncausal{variant}, on `{record['model']}`.",
+        "",
+    ]
+    lines += ["| stage | data | settings | outcome |", "|---|---|---|---|"]
+    for stage in record["stages"]:
+        outcome = {key: value for key, value in stage["outcome"].items() if value and key not in ("losses",)}
+        cells = (_listed(stage[key]) for key in ("data", "settings"))
+        lines.append(
+            f"| {stage['kind']}, {stage['pooling']} pooling | {' | '.join(cells)} | {_listed(outcome)} |"
+        )
+    lines += ["", f"Versions: {_listed(record['versions'])}.", ""]
+    return "\n".join(lines)
+
+
+def describe_step(step: Step) -> dict[str, Any]:
+    """What a step is: its kind, where its data come from, and the settings that are not the defaults."""
+    data = step.data
+    if not isinstance(data, str | Path):
+        several = isinstance(data, Mapping) and all(isinstance(source, str) for source in data.values())
+        data = dict(data) if several else None if data is None else f"a {type(data).__name__}"
+    defaults = {f.name: f.default for f in dataclasses.fields(step.settings)}
+    settings = {name: value for name, value in asdict(step.settings).items() if value != defaults[name]}
+    return {
+        "kind": step.kind,
+        "data": data,
+        "settings": {k: v for k, v in settings.items() if v not in ({}, ())},
+    }
+
+
+def outcome_of(folder: Path) -> dict[str, Any]:
+    """What a trained stage's record says: steps, tokens and seconds of its last run, and the last loss."""
+    record = json.loads((folder / FINAL / RECORD).read_text())
+    losses = [line["loss"] for line in record["history"] if "loss" in line]
+    kept = {name: record[name] for name in ("steps", "tokens", "seconds") if name in record}
+    return {**kept, "loss": losses[-1] if losses else None}
+
+
+def _teaches(steps: list[Step]) -> bool:
+    """Whether a stage before the next pruning learns from the encoder as it is now."""
+    for step in steps:
+        if isinstance(step.settings, Pruning):
+            return False
+        if isinstance(step.settings, Distill) and step.settings.teacher == SELF:
+            return True
+    return False
+
+
+def _listed(values: Any) -> str:
+    if not isinstance(values, Mapping):
+        return str(values or "")
+    shown = {name: f"{v:.4g}" if isinstance(v, float) else v for name, v in values.items()}
+    return ", ".join(f"{name} {value}" for name, value in shown.items())
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
