@@ -51,6 +51,7 @@ from uncausal.encoder.pooling import (
     pooling_name,
 )
 from uncausal.encoder.pruning import prune_layers
+from uncausal.encoder.whitening import Whitening, append_linear
 
 logger = logging.getLogger(__name__)
 
@@ -313,6 +314,16 @@ class Encoder(SentenceTransformer):
     def prune(self, num_layers: int) -> None:
         """Keep the first `num_layers` decoder layers (L3Prune's manual mode)."""
         prune_layers(self.backbone, num_layers)
+
+    def whiten(self, texts: Sequence[str], **settings: Any) -> None:
+        """Append the whitening of these texts' vectors (arXiv 2103.15316), `Whitening(**settings)`.
+
+        The map is one module of the saved encoder; a second call renews it.
+
+        Raises:
+            ValueError: fewer texts than the vectors have dimensions.
+        """
+        append_linear(self, Whitening(**settings).fit(self, texts))
 
     def quantize(self) -> None:
         """Turn most of the backbone's weights to int8 for serving on a CPU; the rest becomes float32.

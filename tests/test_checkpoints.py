@@ -14,7 +14,7 @@ from tiny import FAST, TEXTS, Signal, load, losses
 from transformers import TrainerCallback
 
 from uncausal.encoder import adapters
-from uncausal.encoder.training.checkpoints import describe, digest
+from uncausal.encoder.training.checkpoints import describe, digest, weights_digest
 from uncausal.encoder.training.losses import InfoNCELoss
 from uncausal.encoder.training.progress import TrainingInterrupted
 from uncausal.encoder.training.ranks import process_state
@@ -213,7 +213,8 @@ def test_run_is_told_apart_by_all_that_shapes_it(checkpoint):
 
     def told(encoder, dataset=data, loss=None):
         process_state(encoder.device)
-        return describe(encoder, stage, dataset, loss or stage.make_loss(encoder, None))
+        made = loss or stage.make_loss(encoder, None)
+        return describe(encoder, stage, dataset, made, weights_digest(encoder))
 
     def changes(**other):
         encoder, after = load(checkpoint), told(**other)

@@ -101,6 +101,13 @@ def test_order_is_the_seeds(root):
     assert local_rows("wiki_pairs", root, seed=1) != local_rows("wiki_pairs", root, seed=2)
 
 
+def test_slice_takes_the_first_of_the_order(root):
+    assert local_rows("local:wiki_sentences[:4]", root) == local_rows("wiki_sentences", root)[:4]
+    assert local_rows("wiki_sentences[:0]", root) == []
+    with pytest.raises(DataError, match=r"local:nli\[4\]: no such set"):
+        local_rows("local:nli[4]", root)
+
+
 def test_unknown_set_and_directory_are_told(root, monkeypatch):
     monkeypatch.delenv("UNCAUSAL_DATA", raising=False)
     with pytest.raises(DataError, match="local:nil: no such set; there is local:nli"):

@@ -10,6 +10,7 @@ from sentence_transformers import SentenceTransformer
 from tiny import FAST, PAIRS, TEXTS, save_checkpoint
 
 from uncausal import MNTP, Contrastive, Encoder, Instruction, SimCSE, run_recipe
+from uncausal.encoder.data.local import SETS
 from uncausal.encoder.loading import local_path
 from uncausal.encoder.pruning import Pruning
 from uncausal.encoder.training.plan import plan_recipe, plan_table
@@ -316,6 +317,20 @@ def test_plan_counts_tokens_and_leaves_no_trace(checkpoint, tmp_path):
     assert [line.split()[0] for line in lines[3:6]] == ["prune", "mntp", "contrastive"]
 
 
+def test_stages_of_texts_take_the_texts_of_pairs(monkeypatch):
+    """Each once, as many as the slices say; labels are no texts."""
+    rows = [{"anchor": f"a{i}", "positive": f"p{i}", "negative": "the same"} for i in range(9)]
+    named = [{"text": "hi", "label": "greet"}]
+    sets = {"nli": lambda root, draw: rows, "clinc": lambda root, draw: named}
+    for name, made in sets.items():
+        monkeypatch.setitem(SETS, name, made)
+    step = Step("mntp", MNTP(), {"one": "local:nli[:2]", "two": "local:clinc"})
+    texts = step.read(".")
+    assert len(texts) == 6 and texts.count("the same") == 1 and texts[-1] == "hi"
+    with_label = Step("mntp", MNTP(), "local:clinc").read(".")
+    assert with_label == ["hi"]
+
+
 def test_run_recipe_asks_for_missing_data_before_loading(tmp_path, monkeypatch):
     monkeypatch.delenv("UNCAUSAL_DATA", raising=False)
     recipe = load_recipe(write(tmp_path / "r.toml"), "other")
@@ -323,9 +338,12 @@ def test_run_recipe_asks_for_missing_data_before_loading(tmp_path, monkeypatch):
         run_recipe(recipe, tmp_path / "out")
     with pytest.raises(RecipeError, match=r"has no stage 'simcse'"):
         run_recipe(recipe, tmp_path / "out", data={"simcse": TEXTS})
-    with pytest.raises(RecipeError, match=r"local:nli holds pairs, and mntp takes texts"):
+    with pytest.raises(RecipeError, match=r"local:wiki_texts holds texts, and prune takes pairs"):
         run_recipe(
-            recipe, tmp_path / "out", data={"mntp": "local:nli", "contrastive": ROWS}, data_dir=tmp_path
+            recipe,
+            tmp_path / "out",
+            data={"mntp": TEXTS, "contrastive": "local:wiki_texts"},
+            data_dir=tmp_path,
         )
     with pytest.raises(FileNotFoundError, match="--data-dir"):
         run_recipe(recipe, tmp_path / "out", data={"contrastive": {"one": "local:nli"}})

@@ -1,7 +1,8 @@
 """Training data without internet: pairs and texts of a data directory (`--data-dir` or UNCAUSAL_DATA).
 
-In a recipe a name such as `local:nli` stands for the pairs of one of SETS, or the texts of one of TEXTS. No
-pairs hold a sentence of the STS Benchmark's test split, and none are an evaluation set of the mini suite.
+In a recipe a name such as `local:nli` stands for the pairs of one of SETS, or the texts of one of TEXTS, and
+`local:nli[:5000]` for 5,000 of them. No pairs hold a sentence of the STS Benchmark's test split, and none are
+an evaluation set of the mini suite.
 """
 
 import csv
@@ -9,6 +10,7 @@ import gzip
 import json
 import os
 import random
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -42,10 +44,10 @@ def check_local(name: str, root: str | Path | None = None) -> Path:
     """Return the data directory of one of SETS or TEXTS, or raise as `local_rows` and `data_dir` do.
 
     Args:
-        name: one of SETS or TEXTS, with or without the prefix.
+        name: one of SETS or TEXTS, with or without the prefix and a slice.
         root: the data directory; by default that of UNCAUSAL_DATA. "code" needs none.
     """
-    name = name.removeprefix(PREFIX)
+    name, _ = split_name(name)
     if name not in SETS and name not in TEXTS:
         there = ", ".join(PREFIX + known for known in (*SETS, *TEXTS))
         raise DataError(f"{PREFIX}{name}: no such set; there is {there}")
@@ -63,11 +65,18 @@ def local_rows(name: str, root: str | Path | None = None, seed: int = 0) -> list
         DataError: no set of that name; the message lists them.
         FileNotFoundError: no data directory.
     """
-    folder, name = check_local(name, root), name.removeprefix(PREFIX)
+    folder, (name, count) = check_local(name, root), split_name(name)
     draw = random.Random(f"{name}-{seed}")
     rows: list[Any] = list(SETS[name](folder, draw) if name in SETS else TEXTS[name](folder))
     draw.shuffle(rows)
-    return rows
+    return rows[:count]
+
+
+def split_name(name: str) -> tuple[str, int | None]:
+    """Return what a name is of, and how many rows its slice takes: "local:nli[:9]" is ("nli", 9)."""
+    found = re.fullmatch(r"(.*?)(?:\[:(\d+)\])?", name.removeprefix(PREFIX))
+    assert found
+    return found[1], None if found[2] is None else int(found[2])
 
 
 def nli(root: Path, draw: random.Random) -> Iterator[dict[str, Any]]:

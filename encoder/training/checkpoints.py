@@ -77,20 +77,29 @@ def remove(path: Path) -> None:
         shutil.rmtree(path.rename(path.with_name(f"{UNWANTED}{path.name}")), ignore_errors=True)
 
 
-def describe(
-    encoder: SentenceTransformer, stage: Stage, dataset: Any, loss: nn.Module | None
-) -> dict[str, Any]:
-    """What must not change between the parts of an interrupted run."""
+def weights_digest(encoder: SentenceTransformer) -> str:
+    """A checksum of an encoder's weights and their names."""
     weights = 0
     for name, tensor in encoder.state_dict().items():
         weights = zlib.crc32(name.encode(), weights)
         weights = zlib.crc32(memoryview(_bytes(tensor)), weights)
+    return f"{weights:08x}"
+
+
+def describe(
+    encoder: SentenceTransformer, stage: Stage, dataset: Any, loss: nn.Module | None, weights: str
+) -> dict[str, Any]:
+    """What must not change between the parts of an interrupted run.
+
+    `weights` is the `weights_digest` before the stage: what it appends is in its checkpoints, and need not be
+    the same to the bit when it is made again.
+    """
     backbone: Any = encoder[0].auto_model  # type: ignore[union-attr]
     settings = {k: v for k, v in dataclasses.asdict(stage).items() if k not in FREE_TO_CHANGE}
     description = {
         "stage": stage.name,
         **settings,
-        "model": f"{weights:08x}",
+        "model": weights,
         "attention": f"{_mode(backbone)}, {backbone.config._attn_implementation}",
         "max_seq_length": encoder.max_seq_length,
         # What stands between a text and its vector but weights: pooling, templates.

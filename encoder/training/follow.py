@@ -13,19 +13,23 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from datasets import Dataset, DatasetDict
+from sentence_transformers.base.modules import Dense
 
-from uncausal.encoder.files import staged_file
+from uncausal.encoder.data.pairs import read_pairs, text_columns
+from uncausal.encoder.files import staged, staged_file
 from uncausal.encoder.model import Encoder
 from uncausal.encoder.pruning import Choice, Depths, Pruning
-from uncausal.encoder.training.checkpoints import FINAL, RECORD
+from uncausal.encoder.training.checkpoints import FINAL, RECORD, weights_digest
 from uncausal.encoder.training.ranks import process_state, together
 from uncausal.encoder.training.recipes import SELF, Recipe, Step
 from uncausal.encoder.training.run import train
 from uncausal.encoder.training.stages.base import Stage
 from uncausal.encoder.training.stages.distill import Distill
+from uncausal.encoder.whitening import Whitening, append_linear
 
 logger = logging.getLogger(__name__)
-CHOICE, TEACHER, VECTORS, RESULT = "choice.json", "teacher", "vectors.npy", "recipe.json"
+CHOICE, MAP, TEACHER, VECTORS, RESULT = "choice.json", "map", "teacher", "vectors.npy", "recipe.json"
 PACKAGES = ("uncausal", "torch", "transformers", "sentence-transformers", "peft", "accelerate", "datasets")
 
 
@@ -76,6 +80,9 @@ def run_recipe(
             choice = choose(step, encoder, folder, data_dir, resume, progress)
             encoder.prune(choice.kept)
             outcome = choice._asdict()
+        elif isinstance(step.settings, Whitening):
+            append_linear(encoder, whitening(step, encoder, folder, data_dir, resume, progress))
+            outcome = {}
         else:
             stage = settings_of(step, teacher, folder)
             result = train(encoder, stage, step.read(data_dir), folder, resume, eval, progress=progress)
@@ -129,6 +136,41 @@ def choose(step: Step, encoder: Encoder, folder: Path, data_dir: Any, resume: bo
             with staged_file(file) as out:
                 out.write(json.dumps({"made_for": made_for, **choice._asdict()}, indent=2).encode())
     return choice
+
+
+def whitening(
+    step: Step, encoder: Encoder, folder: Path, data_dir: Any, resume: bool, progress: bool
+) -> Dense:
+    """Fit a whitening, or take what an earlier run fitted to the same encoder and data.
+
+    Made again, it would be another in its last bits, and no stage after it could go on.
+    """
+    settings: Any = step.settings
+    made_for = {"settings": asdict(settings), "data": repr(step.data), "weights": weights_digest(encoder)}
+    note, weights = folder / CHOICE, folder / MAP
+    if resume and note.exists() and json.loads(note.read_text()) == made_for:
+        return Dense.load(str(weights)).requires_grad_(False)
+    data = step.read(data_dir)
+    texts = texts_of_pairs(read_pairs(data), settings.texts) if step.takes_pairs else data
+    fitted = settings.fit(encoder, texts, progress=progress)
+    with together():
+        if PartialState().is_main_process:
+            with staged(weights) as out:
+                fitted.save(str(out))
+            with staged_file(note) as out:
+                out.write(json.dumps(made_for).encode())
+    return fitted
+
+
+def texts_of_pairs(pairs: Dataset | DatasetDict, count: int) -> list[str]:
+    """About `count` texts of pairs, of every set and column alike."""
+    columns = [
+        (part, name)
+        for part in (pairs.values() if isinstance(pairs, DatasetDict) else [pairs])
+        for name in text_columns(part)
+    ]
+    share = -(-count // len(columns))
+    return [text for part, name in columns for text in part.shuffle(seed=0)[:share][name]]
 
 
 def save_once(encoder: Encoder, folder: Path, resume: bool) -> None:

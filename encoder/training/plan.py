@@ -28,6 +28,7 @@ from uncausal.encoder.training.stages.contrastive import Contrastive
 from uncausal.encoder.training.stages.distill import Distill
 from uncausal.encoder.training.stages.mntp import MNTP
 from uncausal.encoder.training.stages.simcse import SimCSE
+from uncausal.encoder.whitening import Whitening
 
 logger = logging.getLogger(__name__)
 SAMPLE = 500  # texts or rows of the data whose tokens are counted
@@ -63,6 +64,9 @@ def plan_recipe(
             if isinstance(step.settings, Pruning):
                 kept = Path(output or folder) / "stages" / f"{number}-{step.kind}"
                 encoder.prune(choose(step, encoder, kept, data_dir, True, False).kept)
+                rows.append({"kind": step.kind, "layers": encoder.num_layers})
+                continue
+            if isinstance(step.settings, Whitening):
                 rows.append({"kind": step.kind, "layers": encoder.num_layers})
                 continue
             logger.info("measuring stage %d, %s", number, step.kind)

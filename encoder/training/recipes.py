@@ -3,7 +3,7 @@
 name = "mine"
 [model]            arguments of Encoder.from_pretrained, `name` among them
 [[stage]]          in order: kind = "mntp", "simcse", "contrastive", "instruction" or "distill", and fields of
-                   that stage; or kind = "prune", and fields of Pruning. Any may have
+                   that stage; or kind = "prune" or "whiten", and fields of Pruning or Whitening. Any may have
                    data = a file, a dataset's name, local:NAME (data/local.py), or a table of them, a set each
                    pooling = what the encoder pools with from here on
 [variant.NAME]     overrides: model.name = ..., stage.mntp.mask_probability = ... (all stages of that kind),
@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import uncausal
-from uncausal.encoder.data.local import PREFIX, SETS, check_local, local_rows
+from uncausal.encoder.data.local import PREFIX, SETS, check_local, local_rows, split_name
+from uncausal.encoder.data.pairs import LABEL
 from uncausal.encoder.data.texts import read_texts
 from uncausal.encoder.pooling import POOLING_MODES
 from uncausal.encoder.pruning import Pruning
@@ -27,6 +28,7 @@ from uncausal.encoder.training.stages.base import Stage
 from uncausal.encoder.training.stages.contrastive import Contrastive
 from uncausal.encoder.training.stages.distill import Distill
 from uncausal.encoder.training.stages.registry import STAGES
+from uncausal.encoder.whitening import Whitening
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -37,7 +39,7 @@ INCLUDED = Path(uncausal.__file__).parent / "recipes"
 SECTIONS = ("name", "model", "stage", "variant")
 MODEL_KEYS = ("bidirectional", "pooling", "num_layers", "attention", "dtype", "normalize", "max_seq_length")
 STEP_KEYS = ("kind", "data", "pooling")
-KINDS = {**STAGES, "prune": Pruning}
+KINDS = {**STAGES, "prune": Pruning, "whiten": Whitening}
 POOLINGS = (*POOLING_MODES, "latent")
 SELF = "self"
 
@@ -48,23 +50,25 @@ class RecipeError(ValueError):
 
 @dataclass
 class Step:
-    """A stage of a recipe, or a pruning.
+    """A stage of a recipe, a pruning or a whitening.
 
     Attributes:
         kind: its name in the recipe.
-        settings: what it is trained with, or how many layers are kept.
+        settings: what it is trained with, how many layers are kept, or how its vectors are whitened.
         data: a source, or set name -> source; None where the caller must give it.
         pooling: what the encoder pools with from here on; None keeps what it has.
+        borrowed: the data are the pairs of a later stage.
     """
 
     kind: str
-    settings: Stage | Pruning
+    settings: Stage | Pruning | Whitening
     data: Any = None
     pooling: str | None = None
+    borrowed: bool = False
 
     @property
     def takes_pairs(self) -> bool:
-        return isinstance(self.settings, Contrastive | Pruning)
+        return isinstance(self.settings, Contrastive | Pruning) or self.borrowed
 
     @property
     def needs_data(self) -> bool:
@@ -77,7 +81,7 @@ class Step:
         if self.takes_pairs:
             return _read(self.data, folder) if sets is None else sets
         parts = [_read(self.data, folder)] if sets is None else list(sets.values())
-        return [t for part in parts for t in (read_texts(part) if isinstance(part, str | Path) else part)]
+        return [text for part in parts for text in _texts(part)]
 
 
 @dataclass
@@ -100,8 +104,8 @@ class Recipe:
         """Return the steps with the caller's data, checked as far as it goes without reading them.
 
         Args:
-            data: kind of stage -> data, instead of the recipe's. A prune step without any takes that of the
-                next stage of pairs.
+            data: kind of stage -> data, instead of the recipe's. A prune or whiten step without any takes
+                that of the next stage of pairs.
             folder: the data directory of sources local:NAME.
 
         Raises:
@@ -113,9 +117,10 @@ class Recipe:
             raise RecipeError(f"recipe {self.name!r} has no stage {kind!r}{_nearest(kind, kinds)}")
         steps = [replace(step, data=given.get(step.kind, step.data)) for step in self.steps]
         for number, step in enumerate(steps):
-            if step.kind == "prune" and step.needs_data and step.data is None:
+            if step.kind in ("prune", "whiten") and step.needs_data and step.data is None:
                 later = (s.data for s in steps[number + 1 :] if s.takes_pairs and s.data is not None)
                 step.data = next(later, None)
+                step.borrowed = step.data is not None
         missing = list(dict.fromkeys(s.kind for s in steps if s.needs_data and s.data is None))
         if missing:
             raise RecipeError(
@@ -125,10 +130,9 @@ class Recipe:
         for step in steps:
             for name in _local_names(step.data):
                 check_local(name, folder)
-                if (name.removeprefix(PREFIX) in SETS) != step.takes_pairs:
-                    held, wanted = ("texts", "pairs") if step.takes_pairs else ("pairs", "texts")
+                if step.takes_pairs and split_name(name)[0] not in SETS:
                     raise RecipeError(
-                        f"recipe {self.name!r}: {name} holds {held}, and {step.kind} takes {wanted}"
+                        f"recipe {self.name!r}: {name} holds texts, and {step.kind} takes pairs"
                     )
         return steps
 
@@ -231,6 +235,15 @@ def _override(
 def _read(source: Any, folder: str | Path | None) -> Any:
     local = isinstance(source, str) and source.startswith(PREFIX)
     return local_rows(source, folder) if local else source
+
+
+def _texts(source: Any) -> Iterable[str]:
+    """The texts of a source; a local set of pairs gives those of its rows, each once."""
+    if isinstance(source, str | Path):
+        return read_texts(source)
+    if not isinstance(source, list) or not source or not isinstance(source[0], dict):
+        return source
+    return list(dict.fromkeys(text for row in source for key, text in row.items() if key != LABEL))
 
 
 def _local_names(data: Any) -> Iterator[str]:

@@ -30,6 +30,7 @@ from uncausal.encoder.training.checkpoints import (
     open_run,
     save_final,
     step_of,
+    weights_digest,
 )
 from uncausal.encoder.training.lora import attach_lora, check_layers, load_trainable
 from uncausal.encoder.training.progress import Progress, StopOnSignal, TrainingInterrupted
@@ -119,10 +120,10 @@ def _train(
 ) -> TrainResult:
     state = process_state(encoder.device)
     set_seed(stage.seed)
-    own = None if loss is None else loss(encoder)
+    own, weights = None if loss is None else loss(encoder), weights_digest(encoder)
     dataset = stage.prepare(encoder, data, own)
     module = own or stage.make_loss(encoder, dataset)
-    description = describe(encoder, stage, dataset, module)
+    description = describe(encoder, stage, dataset, module, weights)
     open_run(run, description, resume)
     set_seed(stage.seed)  # whatever the data drew: loading a teacher does
     with _trainable(encoder, stage) as adapter:

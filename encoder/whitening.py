@@ -1,0 +1,99 @@
+"""Whitening (arXiv 2103.15316): the map under which a sample's vectors have no mean and no main direction.
+
+The averaged states of a language model share a few large directions, which drown what tells texts apart.
+Without any training the map brings it out; before training it spares the steps that would undo them.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Dense
+from sentence_transformers.sentence_transformer.modules import Normalize
+from torch import nn
+
+FLOOR = 1e-4  # of the largest variance: directions below it are noise, and are not amplified further
+
+
+@dataclass(kw_only=True)
+class Whitening:
+    """The map as a step of a recipe.
+
+    Args:
+        texts: how many of the step's texts it is fitted to, drawn by `seed`.
+        power: 1 whitens, 0 only centres, between them a part of the way.
+        dim: keep so many directions, those of most variance; all by default.
+        max_length: tokens; longer texts are cut.
+    """
+
+    texts: int = 6000
+    power: float = 1.0
+    dim: int | None = None
+    max_length: int = 64
+    seed: int = 42
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.power <= 1:
+            raise ValueError(f"Whitening.power is {self.power!r}; it must be in [0, 1]")
+        if self.dim is not None and self.dim < 1:
+            raise ValueError(f"Whitening.dim is {self.dim!r}; it must be at least 1")
+
+    def fit(self, encoder: SentenceTransformer, texts: Sequence[str], *, progress: bool = False) -> Dense:
+        """Return the map of the encoder's vectors of `texts`, before they are normalised.
+
+        Raises:
+            ValueError: fewer texts than the vectors have dimensions, or `dim` above those.
+        """
+        limit, encoder.max_seq_length = encoder.max_seq_length, self.max_length
+        normalized = encoder.pop(-1) if isinstance(encoder[-1], Normalize) else None
+        drawn = np.random.default_rng(self.seed).permutation(len(texts))[: self.texts]
+        try:
+            vectors = encoder.encode([texts[i] for i in drawn], show_progress_bar=progress)
+        finally:
+            encoder.max_seq_length = limit
+            if normalized is not None:
+                encoder.append(normalized)
+        return whitening_map(vectors, self.power, self.dim)
+
+
+def whitening_map(vectors: np.ndarray, power: float = 1.0, dim: int | None = None) -> Dense:
+    """Fit the map to vectors (n, D), n at least D.
+
+    Returns:
+        A linear module D -> `dim` (default D), directions of most variance first; its outputs have a mean
+        variance of 1 over the sample. Its weights ask for no gradient: stages train what stands before it.
+    """
+    count, width = vectors.shape
+    if count < width:
+        raise ValueError(f"whitening {width} dimensions needs at least as many texts; there are {count}")
+    if (dim or 1) > width:
+        raise ValueError(f"whitening: dim is {dim}; the vectors have {width} dimensions")
+    mean = vectors.mean(axis=0, dtype=np.float64)
+    variances, directions = np.linalg.eigh(np.cov(vectors.T.astype(np.float64)))
+    kept = slice(None, None, -1) if dim is None else slice(-1, -dim - 1, -1)
+    variances, directions = variances[kept], directions[:, kept]
+    scales = np.maximum(variances, FLOOR * variances[0]) ** (-power / 2)
+    scales /= np.sqrt((variances * scales**2).mean())
+    weight = (directions * scales).T
+    module = Dense(width, len(weight), activation_function=nn.Identity())
+    module.linear.weight.data.copy_(torch.from_numpy(weight))
+    module.linear.bias.data.copy_(torch.from_numpy(-weight @ mean))
+    return module.requires_grad_(False)
+
+
+def append_linear(encoder: SentenceTransformer, module: Dense) -> None:
+    """Put a linear map at the encoder's end, before a normalisation; joined with one that stands there."""
+    place = len(encoder) - isinstance(encoder[-1], Normalize)
+    before = encoder[place - 1]
+    if isinstance(before, Dense) and isinstance(before.activation_function, nn.Identity):
+        inner, outer = before.linear, module.linear
+        joined = Dense(inner.in_features, outer.out_features, activation_function=nn.Identity())
+        joined.linear.weight.data = outer.weight.data.cpu() @ inner.weight.data.cpu()
+        bias = 0 if inner.bias is None else outer.weight.data.cpu() @ inner.bias.data.cpu()
+        joined.linear.bias.data = outer.bias.data.cpu() + bias
+        joined.requires_grad_(outer.weight.requires_grad)
+        del encoder[place - 1]
+        place, module = place - 1, joined
+    encoder.insert(place, module.to(encoder.device))

@@ -1,0 +1,167 @@
+"""Whitening: what the map does to vectors, where it stands in an encoder, and what keeps it."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Dense
+from sentence_transformers.sentence_transformer.modules import Normalize
+from tiny import FAST, PAIRS, TEXTS, load, save_checkpoint
+
+from uncausal import Contrastive, run_recipe, train
+from uncausal.encoder.training.recipes import RecipeError, load_recipe
+from uncausal.encoder.whitening import Whitening, whitening_map
+
+RECIPE = """
+[model]
+name = "mine"
+[[stage]]
+kind = "whiten"
+data = "texts.txt"
+texts = 200
+[[stage]]
+kind = "contrastive"
+data = "pairs.jsonl"
+max_steps = 2
+batch_size = 16
+lora_r = 4
+lora_dropout = 0.0
+bf16 = false
+"""
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return save_checkpoint(tmp_path_factory.mktemp("causal"))
+
+
+def sample(count=500, width=6):
+    """Correlated vectors far from the origin."""
+    draw = np.random.default_rng(0)
+    spread = draw.normal(size=(width, width)) * np.array([5.0, 3.0, 1.0, 1.0, 1.0, 0.5])
+    return (draw.normal(size=(count, width)) @ spread.T + 7).astype(np.float32)
+
+
+def mapped(module, vectors):
+    with torch.no_grad():
+        return module.linear(torch.from_numpy(vectors)).double().numpy()
+
+
+def test_full_whitening_has_no_mean_and_no_main_direction():
+    out = mapped(whitening_map(sample()), sample())
+    assert np.abs(out.mean(0)).max() < 1e-4
+    assert np.allclose(np.cov(out.T), np.eye(6), atol=1e-3)
+
+
+def test_half_way_takes_the_root_of_every_spread():
+    """power 0.5 leaves variance ** 0.5, of mean 1; power 0 only centres and turns."""
+    vectors = sample()
+    variances = np.linalg.eigvalsh(np.cov(vectors.T.astype(float)))[::-1]
+    wanted = np.sqrt(variances) / np.sqrt(variances).mean()
+    spread = np.cov(mapped(whitening_map(vectors, power=0.5), vectors).T)
+    assert np.allclose(spread, np.diag(wanted), atol=1e-3)
+    turned, centred = mapped(whitening_map(vectors, power=0.0), vectors), vectors - vectors.mean(0)
+    unit = [v / np.linalg.norm(v, axis=1, keepdims=True) for v in (turned, centred)]
+    assert np.allclose(unit[0] @ unit[0].T, unit[1] @ unit[1].T, atol=1e-3)
+
+
+def test_fewer_dimensions_are_those_of_most_variance():
+    vectors = sample()
+    few, all_of_them = whitening_map(vectors, power=0.5, dim=2), whitening_map(vectors, power=0.5)
+    found, wanted = mapped(few, vectors), mapped(all_of_them, vectors)[:, :2]
+    assert found.shape == (500, 2)
+    assert np.allclose(found / np.abs(found).max(), wanted / np.abs(wanted).max(), atol=1e-5)
+
+
+def test_directions_of_no_variance_are_not_blown_up():
+    vectors = np.concatenate([sample(), np.zeros((500, 1), np.float32)], axis=1)
+    out = mapped(whitening_map(vectors), vectors)
+    assert np.isfinite(out).all() and np.abs(out).max() < 10
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_encoder_keeps_one_map_and_loads_elsewhere(checkpoint, tmp_path, normalize):
+    """Called twice, after the pooling and before a normalisation; plain sentence-transformers reads it."""
+    encoder = load(checkpoint, normalize=normalize)
+    encoder.whiten(TEXTS)
+    once = encoder.encode(TEXTS, normalize_embeddings=True)
+    encoder.whiten(TEXTS, power=0.5)
+    assert [type(m) for m in encoder][2:] == [Dense] + [Normalize] * normalize
+    encoder.whiten(TEXTS)
+    again = encoder.encode(TEXTS, normalize_embeddings=True)
+    assert np.allclose(again @ again.T, once @ once.T, atol=5e-3)
+    encoder.save_pretrained(str(tmp_path / "saved"))
+    plain = SentenceTransformer(str(tmp_path / "saved"), device="cpu")
+    assert np.allclose(plain.encode(TEXTS[:9]), encoder.encode(TEXTS[:9]), atol=1e-5)
+    assert load(tmp_path / "saved").get_embedding_dimension() == 32
+
+
+def test_map_stays_as_it_is_in_training(checkpoint, tmp_path):
+    encoder = load(checkpoint)
+    encoder.whiten(TEXTS)
+    before = encoder[2].linear.weight.clone()
+    words = encoder.encode(TEXTS[:3])
+    train(encoder, Contrastive(max_steps=3, batch_size=16, **FAST), PAIRS, tmp_path, progress=False)
+    assert torch.equal(encoder[2].linear.weight, before)
+    assert not np.allclose(encoder.encode(TEXTS[:3]), words, atol=1e-3)
+
+
+def test_recipe_fits_once_and_goes_on_with_the_same_map(checkpoint, tmp_path, monkeypatch):
+    """A rerun takes the map that is there: made again, it may differ in its last bits."""
+    (tmp_path / "texts.txt").write_text("\n".join(TEXTS))
+    pairs = ({"anchor": a, "positive": p} for a, p in PAIRS)
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    (tmp_path / "r.toml").write_text(RECIPE)
+    monkeypatch.chdir(tmp_path)
+    fits = []
+    real = Whitening.fit
+    monkeypatch.setattr(Whitening, "fit", lambda *a, **k: fits.append(1) or real(*a, **k))
+    options = {"model": str(checkpoint), "device": "cpu", "dtype": "float32", "progress": False}
+    first = run_recipe(load_recipe("r.toml"), "out", **options)
+    again = run_recipe(load_recipe("r.toml"), "out", **options)
+    assert fits == [1] and np.array_equal(first.encode(TEXTS), again.encode(TEXTS))
+    run_recipe(load_recipe("r.toml"), "out", resume=False, **options)
+    assert fits == [1, 1]
+    assert json.loads((tmp_path / "out/recipe.json").read_text())["stages"][0]["kind"] == "whiten"
+
+
+def test_recipe_without_data_whitens_the_texts_of_the_next_pairs(checkpoint, tmp_path):
+    """Of every set and column alike, as many as asked for."""
+    (tmp_path / "r.toml").write_text(
+        RECIPE.replace('data = "texts.txt"', "").replace('data = "pairs.jsonl"', "")
+    )
+    seen = []
+    real = Whitening.fit
+
+    def watched(self, encoder, texts, **options):
+        seen.extend(texts)
+        return real(self, encoder, texts, **options)
+
+    few = [(f"{a} anew", f"{p} anew") for a, p in PAIRS[:100]]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Whitening, "fit", watched)
+        options = {"model": str(checkpoint), "device": "cpu", "dtype": "float32", "progress": False}
+        run_recipe(
+            load_recipe(tmp_path / "r.toml"),
+            tmp_path / "out",
+            data={"contrastive": {"many": PAIRS, "few": few}},
+            **options,
+        )
+    assert len(seen) == 200 and sum(text.endswith("anew") for text in seen) == 100
+    assert sum(text in {a for a, _ in PAIRS} for text in seen) == 50
+
+
+def test_what_cannot_be_is_told(checkpoint, tmp_path):
+    with pytest.raises(ValueError, match="needs at least as many texts; there are 9"):
+        load(checkpoint).whiten(TEXTS[:9])
+    with pytest.raises(ValueError, match="dim is 33; the vectors have 32"):
+        load(checkpoint).whiten(TEXTS, dim=33)
+    with pytest.raises(ValueError, match=r"Whitening.power is 2; it must be in \[0, 1\]"):
+        Whitening(power=2)
+    with pytest.raises(ValueError, match="Whitening.dim is 0"):
+        Whitening(dim=0)
+    (tmp_path / "r.toml").write_text(RECIPE.replace("texts = 200", "power = 3"))
+    with pytest.raises(RecipeError, match=r"stage 1 \(whiten\): Whitening.power"):
+        load_recipe(tmp_path / "r.toml")
