@@ -15,13 +15,18 @@ from datasets import Dataset
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.losses.gradcache import CachedLossMixin
 from sentence_transformers.base.modules import Dense
+from sklearn.linear_model import RidgeCV
 from torch import Tensor, nn
 
 from uncausal.encoder.data.texts import read_texts
 from uncausal.encoder.files import staged_file
+from uncausal.encoder.loading import local_path
 from uncausal.encoder.training.stages.base import PairStage
+from uncausal.encoder.whitening import append_linear
 
 logger = logging.getLogger(__name__)
+
+FITTED = 4096  # texts that the map's start is fitted to
 
 
 @dataclass(kw_only=True)
@@ -29,11 +34,13 @@ class Distill(PairStage):
     """Plain L2 between unit vectors, in small batches, without negatives: LEAF's recipe.
 
     Where the teacher's dimension is another, a linear map is appended to the encoder, trained along and saved
-    with it, so that student and teacher share one space. To let an encoder teach its own pruned self, save it
+    with it, so that student and teacher share one space. It starts as the ridge regression of the teacher's
+    vectors on the student's, which is worth many steps. To let an encoder teach its own pruned self, save it
     before pruning and name that folder as teacher.
 
     Args:
-        teacher: any sentence-transformers model, by name or folder.
+        teacher: any sentence-transformers model, by name or folder; "package:NAME/FOLDER" is one that an
+            installed package carries.
         vectors: .npy file of the teacher's vectors, a row a text. Written if it is not there; it must be
             where no teacher is named.
         teacher_prompt: put before every text for the teacher alone.
@@ -62,11 +69,21 @@ class Distill(PairStage):
         if width != wanted:
             assert width is not None
             logger.info("appending a linear map from %d to the teacher's %d features", width, wanted)
-            with torch.random.fork_rng(devices=[]):  # whether or not a teacher was loaded before
-                torch.manual_seed(self.seed)
-                added = Dense(width, wanted, activation_function=nn.Identity())
-            encoder.append(added.to(encoder.device))
+            append_linear(encoder, self._fitted_map(encoder, texts, targets))
         return Dataset.from_dict({"text": texts, "label": list(targets)})
+
+    def _fitted_map(self, encoder: SentenceTransformer, texts: list[str], targets: np.ndarray) -> Dense:
+        """The linear map from the untrained student's vectors to the targets, by ridge regression."""
+        chosen = np.random.default_rng(self.seed).permutation(len(texts))[:FITTED]
+        with self.conditions(encoder):
+            encoder.eval()
+            vectors = encoder.encode([texts[i] for i in chosen], convert_to_numpy=True)
+        scale = vectors.std(axis=0).mean()
+        ridge = RidgeCV(alphas=np.logspace(-3, 3, 13)).fit(vectors / scale, targets[chosen])
+        added = Dense(vectors.shape[1], targets.shape[1], activation_function=nn.Identity())
+        added.linear.weight.data.copy_(torch.from_numpy(ridge.coef_ / scale))
+        added.linear.bias.data.copy_(torch.from_numpy(np.asarray(ridge.intercept_)))
+        return added
 
     def targets(self, texts: list[str], device: str) -> np.ndarray:
         """The teacher's unit vectors (n, D) float32, from the file where it holds those of these texts."""
@@ -84,7 +101,7 @@ class Distill(PairStage):
         elif self.teacher is None:
             raise FileNotFoundError(f"no such file of vectors: {file}; name a teacher and it is written")
         else:
-            teacher = SentenceTransformer(self.teacher, device=device)
+            teacher = SentenceTransformer(str(local_path(self.teacher)), device=device)
             options: dict[str, Any] = {"prompt": self.teacher_prompt, "convert_to_numpy": True}
             vectors = teacher.encode(texts, show_progress_bar=True, **options).astype(np.float32)
             if file is not None:
