@@ -1,4 +1,4 @@
-.PHONY: setup demo encoder test check sanitize bench bench-gpu
+.PHONY: setup demo encoder test check fuzz sanitize bench bench-gpu
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -34,6 +34,10 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+# 100,000 hostile inputs over the eight tests that draw them
+fuzz: setup
+	FUZZ=12500 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_hostile.py -n 2
 
 sanitize: setup
 	$(BIN)/python -m ttsem.sanitize pytest tests -m sanitize

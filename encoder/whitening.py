@@ -22,13 +22,13 @@ class Whitening:
     """The map as a step of a recipe.
 
     Args:
-        texts: how many of the step's texts it is fitted to, drawn by `seed`.
+        max_texts: how many of the step's texts it is fitted to, drawn by `seed`.
         power: 1 whitens, 0 only centres, between them a part of the way.
         dim: keep so many directions, those of most variance; all by default.
         max_length: tokens; longer texts are cut.
     """
 
-    texts: int = 6000
+    max_texts: int = 6000
     power: float = 1.0
     dim: int | None = None
     max_length: int = 64
@@ -48,7 +48,7 @@ class Whitening:
         """
         limit, encoder.max_seq_length = encoder.max_seq_length, self.max_length
         normalized = encoder.pop(-1) if isinstance(encoder[-1], Normalize) else None
-        drawn = np.random.default_rng(self.seed).permutation(len(texts))[: self.texts]
+        drawn = np.random.default_rng(self.seed).permutation(len(texts))[: self.max_texts]
         try:
             vectors = encoder.encode([texts[i] for i in drawn], show_progress_bar=progress)
         finally:

@@ -102,6 +102,18 @@ def test_serve_takes_the_key_of_the_environment(cli_folder, capsys, monkeypatch)
     assert [status for status, _ in answers] == [200, 401]
 
 
+@pytest.mark.parametrize("host, warned", [("0.0.0.0", True), ("::", True), ("127.0.0.2", False)])
+def test_serve_warns_where_others_reach_it_without_a_key(cli_folder, tmp_path, capsys, host, warned):
+    """The port does not exist, so that nothing listens there."""
+    pytest.importorskip("fastapi", reason="the server needs `pip install uncausal[serve]`")
+    (tmp_path / "key").write_text("secret")
+    command = ["serve", str(cli_folder / "encoder"), "--host", host, "--port", "99999"]
+    for key, wanted in (([], warned), (["--api-key-file", str(tmp_path / "key")], False)):
+        assert main([*command, *key]) == 1
+        said = capsys.readouterr().err
+        assert ("no key is asked for" in said) == wanted and "cannot listen" in said
+
+
 def test_serve_refuses(cli_folder, tmp_path, capsys, monkeypatch):
     pytest.importorskip("fastapi", reason="the server needs `pip install uncausal[serve]`")
     model = cli_folder / "encoder"

@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -150,3 +151,13 @@ def test_wheel_and_sdist_hold_the_sources(tmp_path):
     assert {f"uncausal/{name}" for name in wanted} <= names
     assert not any(name.startswith(("kernels/", "encoder/")) for name in names)
     assert any(name.endswith("kernels/attention.py") for name in tarfile.open(sdist).getnames())
+
+
+def test_every_promise_of_security_has_its_test():
+    promised = re.findall(r"`(test_\w+)`", (ROOT / "SECURITY.md").read_text())
+    defined = {
+        name
+        for file in (ROOT / "tests").glob("test_*.py")
+        for name in re.findall(r"def (test_\w+)", file.read_text())
+    }
+    assert len(promised) > 12 and set(promised) <= {*defined, "test_any"}

@@ -25,7 +25,8 @@ def test_examples_run_in_order(smollm2, tmp_path, monkeypatch):
     (tmp_path / "articles.txt").write_text((text + "\n") * 12)
     (tmp_path / "sentences.txt").write_text("".join(f"Sentence number {i} of a text.\n" for i in range(300)))
     names = {
-        "pairs": [("A man plays guitar.", "Someone plays a guitar."), ("A dog runs.", "The dog is running.")]
+        "pairs": [("A man plays guitar.", "Someone plays a guitar."), ("A dog runs.", "The dog is running.")],
+        "texts": [f"Number {i}." for i in range(600)],
     }
     assert len(EXAMPLES) >= 5
     for example in EXAMPLES:

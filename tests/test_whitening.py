@@ -20,7 +20,7 @@ name = "mine"
 [[stage]]
 kind = "whiten"
 data = "texts.txt"
-texts = 200
+max_texts = 200
 [[stage]]
 kind = "contrastive"
 data = "pairs.jsonl"
@@ -87,7 +87,7 @@ def test_encoder_keeps_one_map_and_loads_elsewhere(checkpoint, tmp_path, normali
     encoder = load(checkpoint, normalize=normalize)
     encoder.whiten(TEXTS)
     once = encoder.encode(TEXTS, normalize_embeddings=True)
-    encoder.whiten(TEXTS, power=0.5)
+    encoder.whiten(TEXTS, power=0.5, max_texts=100)
     assert [type(m) for m in encoder][2:] == [Dense] + [Normalize] * normalize
     encoder.whiten(TEXTS)
     again = encoder.encode(TEXTS, normalize_embeddings=True)
@@ -162,6 +162,6 @@ def test_what_cannot_be_is_told(checkpoint, tmp_path):
         Whitening(power=2)
     with pytest.raises(ValueError, match="Whitening.dim is 0"):
         Whitening(dim=0)
-    (tmp_path / "r.toml").write_text(RECIPE.replace("texts = 200", "power = 3"))
+    (tmp_path / "r.toml").write_text(RECIPE.replace("max_texts = 200", "power = 3"))
     with pytest.raises(RecipeError, match=r"stage 1 \(whiten\): Whitening.power"):
         load_recipe(tmp_path / "r.toml")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import socket
 import sys
@@ -68,6 +69,12 @@ def serve(
         api_key=read_api_key(api_key_file),
         dimensions=dimensions,
     )
+    if limits.api_key is None and not is_loopback(host):
+        print(
+            f"warning: --host {host} may be reached from other machines, and no key is asked for: "
+            "--api-key-file, or UNCAUSAL_API_KEY",
+            file=sys.stderr,
+        )
     failures: list[Exception] = []
 
     def load() -> Any:
@@ -96,6 +103,14 @@ def serve(
             print("stopped", file=sys.stderr)
     if failures:
         raise failures[0]
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches an address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def read_api_key(file: Path | None) -> str | None:

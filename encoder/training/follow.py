@@ -151,7 +151,7 @@ def whitening(
     if resume and note.exists() and json.loads(note.read_text()) == made_for:
         return Dense.load(str(weights)).requires_grad_(False)
     data = step.read(data_dir)
-    texts = texts_of_pairs(read_pairs(data), settings.texts) if step.takes_pairs else data
+    texts = texts_of_pairs(read_pairs(data), settings.max_texts) if step.takes_pairs else data
     fitted = settings.fit(encoder, texts, progress=progress)
     with together():
         if PartialState().is_main_process:

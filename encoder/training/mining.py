@@ -137,7 +137,8 @@ class BM25:
     def encode_document(self, texts: list[str], **options: Any) -> np.ndarray:
         from sklearn.feature_extraction.text import CountVectorizer
 
-        self.words: Any = CountVectorizer(token_pattern=r"(?u)\b\w+\b", dtype=np.float32)  # type: ignore[arg-type]
+        whole_words = {"token_pattern": r"(?u)\b\w+\b"}
+        self.words: Any = CountVectorizer(dtype=np.float32, **whole_words)  # type: ignore[arg-type]
         counts: Any = self.words.fit_transform(texts).tocoo()
         lengths = np.bincount(counts.row, counts.data, minlength=len(texts))
         frequency = np.bincount(counts.col, minlength=counts.shape[1])
