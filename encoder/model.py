@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.base.modules import Transformer
+from sentence_transformers.base.modules import Dense, Transformer
 from sentence_transformers.sentence_transformer import modules as library
 from sentence_transformers.sentence_transformer.modules import Normalize
 from sentence_transformers.util import is_sentence_transformer_model, truncate_embeddings
@@ -51,7 +51,7 @@ from uncausal.encoder.pooling import (
     pooling_name,
 )
 from uncausal.encoder.pruning import prune_layers
-from uncausal.encoder.whitening import Whitening, append_linear
+from uncausal.encoder.whitening import LinearMap, Whitening, append_linear
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +68,11 @@ def _name(module: type) -> str:
 
 
 # What modules are saved as, so that a saved encoder needs nothing from here.
-SAVED_NAMES = {_name(PackedTransformer): _name(Transformer), _name(Pooling): _name(library.Pooling)}
+SAVED_NAMES = {
+    _name(PackedTransformer): _name(Transformer),
+    _name(Pooling): _name(library.Pooling),
+    _name(LinearMap): _name(Dense),
+}
 
 
 class Encoder(SentenceTransformer):
@@ -88,6 +92,7 @@ class Encoder(SentenceTransformer):
         _name(Transformer): PackedTransformer,
         _name(library.Pooling): Pooling,
         _name(LatentPooling): LatentPooling,
+        _name(Dense): LinearMap,
     }
 
     @classmethod

@@ -6,15 +6,27 @@ Without any training the map brings it out; before training it spares the steps 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Dense
 from sentence_transformers.sentence_transformer.modules import Normalize
-from torch import nn
+from torch import Tensor, nn
 
 FLOOR = 1e-4  # of the largest variance: directions below it are noise, and are not amplified further
+
+
+class LinearMap(Dense):
+    """The library's linear layer, of no activation unless one is given, for vectors of any dtype."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, **options: Any):
+        super().__init__(in_features, out_features, bias, **{"activation_function": nn.Identity(), **options})
+
+    def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        vectors = features[self.module_input_name]
+        return super().forward({**features, self.module_input_name: vectors.to(self.linear.weight.dtype)})
 
 
 @dataclass(kw_only=True)
@@ -40,7 +52,7 @@ class Whitening:
         if self.dim is not None and self.dim < 1:
             raise ValueError(f"Whitening.dim is {self.dim!r}; it must be at least 1")
 
-    def fit(self, encoder: SentenceTransformer, texts: Sequence[str], *, progress: bool = False) -> Dense:
+    def fit(self, encoder: SentenceTransformer, texts: Sequence[str], *, progress: bool = False) -> LinearMap:
         """Return the map of the encoder's vectors of `texts`, before they are normalised.
 
         Raises:
@@ -58,7 +70,7 @@ class Whitening:
         return whitening_map(vectors, self.power, self.dim)
 
 
-def whitening_map(vectors: np.ndarray, power: float = 1.0, dim: int | None = None) -> Dense:
+def whitening_map(vectors: np.ndarray, power: float = 1.0, dim: int | None = None) -> LinearMap:
     """Fit the map to vectors (n, D), n at least D.
 
     Returns:
@@ -77,23 +89,24 @@ def whitening_map(vectors: np.ndarray, power: float = 1.0, dim: int | None = Non
     scales = np.maximum(variances, FLOOR * variances[0]) ** (-power / 2)
     scales /= np.sqrt((variances * scales**2).mean())
     weight = (directions * scales).T
-    module = Dense(width, len(weight), activation_function=nn.Identity())
+    module = LinearMap(width, len(weight))
     module.linear.weight.data.copy_(torch.from_numpy(weight))
     module.linear.bias.data.copy_(torch.from_numpy(-weight @ mean))
     return module.requires_grad_(False)
 
 
-def append_linear(encoder: SentenceTransformer, module: Dense) -> None:
+def append_linear(encoder: SentenceTransformer, module: LinearMap) -> None:
     """Put a linear map at the encoder's end, before a normalisation; joined with one that stands there."""
     place = len(encoder) - isinstance(encoder[-1], Normalize)
     before = encoder[place - 1]
     if isinstance(before, Dense) and isinstance(before.activation_function, nn.Identity):
         inner, outer = before.linear, module.linear
-        joined = Dense(inner.in_features, outer.out_features, activation_function=nn.Identity())
-        joined.linear.weight.data = outer.weight.data.cpu() @ inner.weight.data.cpu()
-        bias = 0 if inner.bias is None else outer.weight.data.cpu() @ inner.bias.data.cpu()
-        joined.linear.bias.data = outer.bias.data.cpu() + bias
+        joined = LinearMap(inner.in_features, outer.out_features)
+        weight, inner = outer.weight.data, inner.float().cpu()
+        bias = torch.zeros(len(inner.weight)) if inner.bias is None else inner.bias.data
+        joined.linear.weight.data = weight @ inner.weight.data
+        joined.linear.bias.data = weight @ bias + outer.bias.data
         joined.requires_grad_(outer.weight.requires_grad)
         del encoder[place - 1]
         place, module = place - 1, joined
-    encoder.insert(place, module.to(encoder.device))
+    encoder.insert(place, module.to(encoder.device, encoder.dtype))

@@ -6,13 +6,12 @@ import numpy as np
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.base.modules import Dense
 from sentence_transformers.sentence_transformer.modules import Normalize
 from tiny import FAST, PAIRS, TEXTS, load, save_checkpoint
 
 from uncausal import Contrastive, run_recipe, train
 from uncausal.encoder.training.recipes import RecipeError, load_recipe
-from uncausal.encoder.whitening import Whitening, whitening_map
+from uncausal.encoder.whitening import LinearMap, Whitening, whitening_map
 
 RECIPE = """
 [model]
@@ -88,7 +87,7 @@ def test_encoder_keeps_one_map_and_loads_elsewhere(checkpoint, tmp_path, normali
     encoder.whiten(TEXTS)
     once = encoder.encode(TEXTS, normalize_embeddings=True)
     encoder.whiten(TEXTS, power=0.5, max_texts=100)
-    assert [type(m) for m in encoder][2:] == [Dense] + [Normalize] * normalize
+    assert [type(m) for m in encoder][2:] == [LinearMap] + [Normalize] * normalize
     encoder.whiten(TEXTS)
     again = encoder.encode(TEXTS, normalize_embeddings=True)
     assert np.allclose(again @ again.T, once @ once.T, atol=5e-3)
@@ -96,6 +95,26 @@ def test_encoder_keeps_one_map_and_loads_elsewhere(checkpoint, tmp_path, normali
     plain = SentenceTransformer(str(tmp_path / "saved"), device="cpu")
     assert np.allclose(plain.encode(TEXTS[:9]), encoder.encode(TEXTS[:9]), atol=1e-5)
     assert load(tmp_path / "saved").get_embedding_dimension() == 32
+
+
+def test_half_precision_encoder_is_whitened_and_reloaded(checkpoint, tmp_path):
+    """The map has the model's dtype, as sentence-transformers gives it on loading."""
+    encoder = load(checkpoint, dtype="bfloat16")
+    encoder.whiten(TEXTS)
+    encoder.save_pretrained(str(tmp_path / "saved"))
+    vectors = encoder.encode(TEXTS[:9])
+    assert np.array_equal(load(tmp_path / "saved", dtype="bfloat16").encode(TEXTS[:9]), vectors)
+    plain = SentenceTransformer(str(tmp_path / "saved"), device="cpu").encode(TEXTS[:9])
+    cosines = (plain * vectors).sum(1) / np.linalg.norm(plain, axis=1) / np.linalg.norm(vectors, axis=1)
+    assert cosines.min() > 0.98
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_whitened_encoder_trains_in_bf16(checkpoint, tmp_path, dtype):
+    encoder = load(checkpoint, dtype=dtype)
+    encoder.whiten(TEXTS)
+    stage = Contrastive(max_steps=2, batch_size=16, **{**FAST, "bf16": True})
+    assert np.isfinite(train(encoder, stage, PAIRS, tmp_path, progress=False).history[0]["loss"])
 
 
 def test_map_stays_as_it_is_in_training(checkpoint, tmp_path):

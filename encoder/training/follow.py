@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from datasets import Dataset, DatasetDict
-from sentence_transformers.base.modules import Dense
 
 from uncausal.encoder.data.pairs import read_pairs, text_columns
 from uncausal.encoder.files import staged, staged_file
@@ -26,7 +25,7 @@ from uncausal.encoder.training.recipes import SELF, Recipe, Step
 from uncausal.encoder.training.run import train
 from uncausal.encoder.training.stages.base import Stage
 from uncausal.encoder.training.stages.distill import Distill
-from uncausal.encoder.whitening import Whitening, append_linear
+from uncausal.encoder.whitening import LinearMap, Whitening, append_linear
 
 logger = logging.getLogger(__name__)
 CHOICE, MAP, TEACHER, VECTORS, RESULT = "choice.json", "map", "teacher", "vectors.npy", "recipe.json"
@@ -140,7 +139,7 @@ def choose(step: Step, encoder: Encoder, folder: Path, data_dir: Any, resume: bo
 
 def whitening(
     step: Step, encoder: Encoder, folder: Path, data_dir: Any, resume: bool, progress: bool
-) -> Dense:
+) -> LinearMap:
     """Fit a whitening, or take what an earlier run fitted to the same encoder and data.
 
     Made again, it would be another in its last bits, and no stage after it could go on.
@@ -149,7 +148,7 @@ def whitening(
     made_for = {"settings": asdict(settings), "data": repr(step.data), "weights": weights_digest(encoder)}
     note, weights = folder / CHOICE, folder / MAP
     if resume and note.exists() and json.loads(note.read_text()) == made_for:
-        return Dense.load(str(weights)).requires_grad_(False)
+        return LinearMap.load(str(weights)).requires_grad_(False)
     data = step.read(data_dir)
     texts = texts_of_pairs(read_pairs(data), settings.max_texts) if step.takes_pairs else data
     fitted = settings.fit(encoder, texts, progress=progress)

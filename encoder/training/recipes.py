@@ -221,7 +221,13 @@ def _override(
     content: dict[str, Any], tables: list[dict[str, Any]], changes: dict[str, Any], where: str
 ) -> list[dict[str, Any]]:
     """Apply a variant to the content's [model]; return the stages with it applied."""
-    _check_keys(changes, ("model", "stage", "without"), where)
+    forms = {"model": dict, "stage": dict, "without": list}
+    _check_keys(changes, tuple(forms), where)
+    for key, value in changes.items():
+        parts = value.values() if key == "stage" and isinstance(value, dict) else ()
+        if not isinstance(value, forms[key]) or not all(isinstance(part, dict) for part in parts):
+            wanted = "list" if key == "without" else "table"
+            raise RecipeError(f"{where}: {key} is {value!r}; it must be a {wanted}")
     content["model"] = {**content["model"], **changes.get("model", {})}
     kinds = [table.get("kind", "") for table in tables]
     without = changes.get("without", [])
@@ -229,7 +235,8 @@ def _override(
         if kind not in kinds:
             raise RecipeError(f"{where}: no stage {kind!r}{_nearest(kind, kinds)}")
     kept = [table for table in tables if table.get("kind") not in without]
-    return [{**table, **changes.get("stage", {}).get(table.get("kind"), {})} for table in kept]
+    stages = changes.get("stage", {})
+    return [{**table, **next((stages[k] for k in stages if k == table.get("kind")), {})} for table in kept]
 
 
 def _read(source: Any, folder: str | Path | None) -> Any:

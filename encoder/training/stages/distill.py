@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.losses.gradcache import CachedLossMixin
-from sentence_transformers.base.modules import Dense
 from sklearn.linear_model import RidgeCV
 from torch import Tensor, nn
 
@@ -22,7 +21,7 @@ from uncausal.encoder.data.texts import read_texts
 from uncausal.encoder.files import staged_file
 from uncausal.encoder.loading import local_path
 from uncausal.encoder.training.stages.base import PairStage
-from uncausal.encoder.whitening import append_linear
+from uncausal.encoder.whitening import LinearMap, append_linear
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +71,7 @@ class Distill(PairStage):
             append_linear(encoder, self._fitted_map(encoder, texts, targets))
         return Dataset.from_dict({"text": texts, "label": list(targets)})
 
-    def _fitted_map(self, encoder: SentenceTransformer, texts: list[str], targets: np.ndarray) -> Dense:
+    def _fitted_map(self, encoder: SentenceTransformer, texts: list[str], targets: np.ndarray) -> LinearMap:
         """The linear map from the untrained student's vectors to the targets, by ridge regression."""
         chosen = np.random.default_rng(self.seed).permutation(len(texts))[:FITTED]
         with self.conditions(encoder):
@@ -80,7 +79,7 @@ class Distill(PairStage):
             vectors = encoder.encode([texts[i] for i in chosen], convert_to_numpy=True)
         scale = vectors.std(axis=0).mean()
         ridge = RidgeCV(alphas=np.logspace(-3, 3, 13)).fit(vectors / scale, targets[chosen])
-        added = Dense(vectors.shape[1], targets.shape[1], activation_function=nn.Identity())
+        added = LinearMap(vectors.shape[1], targets.shape[1])
         added.linear.weight.data.copy_(torch.from_numpy(ridge.coef_ / scale))
         added.linear.bias.data.copy_(torch.from_numpy(np.asarray(ridge.intercept_)))
         return added
