@@ -6,7 +6,6 @@ Without any training the map brings it out; before training it spares the steps 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,14 +18,16 @@ FLOOR = 1e-4  # of the largest variance: directions below it are noise, and are 
 
 
 class LinearMap(Dense):
-    """The library's linear layer, of no activation unless one is given, for vectors of any dtype."""
-
-    def __init__(self, in_features: int, out_features: int, bias: bool = True, **options: Any):
-        super().__init__(in_features, out_features, bias, **{"activation_function": nn.Identity(), **options})
+    """The library's linear layer, for vectors of any dtype."""
 
     def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
         vectors = features[self.module_input_name]
         return super().forward({**features, self.module_input_name: vectors.to(self.linear.weight.dtype)})
+
+    @classmethod
+    def empty(cls, in_features: int, out_features: int) -> "LinearMap":
+        """One without activation, whose weights are still to be set."""
+        return cls(in_features, out_features, activation_function=nn.Identity())
 
 
 @dataclass(kw_only=True)
@@ -89,7 +90,7 @@ def whitening_map(vectors: np.ndarray, power: float = 1.0, dim: int | None = Non
     scales = np.maximum(variances, FLOOR * variances[0]) ** (-power / 2)
     scales /= np.sqrt((variances * scales**2).mean())
     weight = (directions * scales).T
-    module = LinearMap(width, len(weight))
+    module = LinearMap.empty(width, len(weight))
     module.linear.weight.data.copy_(torch.from_numpy(weight))
     module.linear.bias.data.copy_(torch.from_numpy(-weight @ mean))
     return module.requires_grad_(False)
@@ -101,7 +102,7 @@ def append_linear(encoder: SentenceTransformer, module: LinearMap) -> None:
     before = encoder[place - 1]
     if isinstance(before, Dense) and isinstance(before.activation_function, nn.Identity):
         inner, outer = before.linear, module.linear
-        joined = LinearMap(inner.in_features, outer.out_features)
+        joined = LinearMap.empty(inner.in_features, outer.out_features)
         weight, inner = outer.weight.data, inner.float().cpu()
         bias = torch.zeros(len(inner.weight)) if inner.bias is None else inner.bias.data
         joined.linear.weight.data = weight @ inner.weight.data

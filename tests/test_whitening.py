@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Dense
 from sentence_transformers.sentence_transformer.modules import Normalize
 from tiny import FAST, PAIRS, TEXTS, load, save_checkpoint
 
@@ -107,6 +108,17 @@ def test_half_precision_encoder_is_whitened_and_reloaded(checkpoint, tmp_path):
     plain = SentenceTransformer(str(tmp_path / "saved"), device="cpu").encode(TEXTS[:9])
     cosines = (plain * vectors).sum(1) / np.linalg.norm(plain, axis=1) / np.linalg.norm(vectors, axis=1)
     assert cosines.min() > 0.98
+
+
+def test_another_linear_layer_keeps_its_activation(checkpoint, tmp_path):
+    """Every linear layer of a saved encoder loads as ours: with the settings it was saved with."""
+    encoder = load(checkpoint)
+    encoder.append(Dense(32, 8, activation_function=torch.nn.Tanh()))
+    encoder.save_pretrained(str(tmp_path / "saved"))
+    again = load(tmp_path / "saved")
+    assert np.array_equal(again.encode(TEXTS[:9]), encoder.encode(TEXTS[:9]))
+    again.whiten(TEXTS)
+    assert [type(module) for module in again][2:] == [LinearMap, LinearMap]  # not joined over the activation
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

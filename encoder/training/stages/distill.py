@@ -79,7 +79,7 @@ class Distill(PairStage):
             vectors = encoder.encode([texts[i] for i in chosen], convert_to_numpy=True)
         scale = vectors.std(axis=0).mean()
         ridge = RidgeCV(alphas=np.logspace(-3, 3, 13)).fit(vectors / scale, targets[chosen])
-        added = LinearMap(vectors.shape[1], targets.shape[1])
+        added = LinearMap.empty(vectors.shape[1], targets.shape[1])
         added.linear.weight.data.copy_(torch.from_numpy(ridge.coef_ / scale))
         added.linear.bias.data.copy_(torch.from_numpy(np.asarray(ridge.intercept_)))
         return added
