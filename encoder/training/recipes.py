@@ -199,7 +199,7 @@ def load_recipe(path: str | Path, variant: str | None = None) -> Recipe:
 
 def _step(table: Mapping[str, Any], where: str) -> Step:
     kind = table.get("kind")
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         raise RecipeError(f"{where}: kind is {kind!r}{_nearest(str(kind), KINDS)}")
     where = f"{where} ({kind})"
     pooling, data = table.get("pooling"), table.get("data")
@@ -233,7 +233,7 @@ def _override(
     without = changes.get("without", [])
     for kind in (*without, *changes.get("stage", {})):
         if kind not in kinds:
-            raise RecipeError(f"{where}: no stage {kind!r}{_nearest(kind, kinds)}")
+            raise RecipeError(f"{where}: no stage {kind!r}{_nearest(str(kind), map(str, kinds))}")
     kept = [table for table in tables if table.get("kind") not in without]
     stages = changes.get("stage", {})
     return [{**table, **next((stages[k] for k in stages if k == table.get("kind")), {})} for table in kept]
@@ -266,5 +266,6 @@ def _check_keys(table: Mapping[str, Any], valid: Sequence[str], where: str) -> N
 
 
 def _nearest(word: str, valid: Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, list(valid), n=1, cutoff=0.5)
+    valid = list(valid)
+    close = difflib.get_close_matches(word, valid, n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else f"; there is {', '.join(valid) or 'none'}"
