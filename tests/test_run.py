@@ -170,6 +170,21 @@ def test_train_whole_layers_without_lora(checkpoint, tmp_path):
     assert result.lost_in_merge == 0.0
 
 
+def test_train_the_token_embeddings(checkpoint, tmp_path):
+    encoder = load(checkpoint)
+    table = encoder.backbone.get_input_embeddings().weight
+    before = table.detach().clone()
+    settings = {**FAST, "lora_r": 0, "train_embeddings": True}
+    train(encoder, SimCSE(max_steps=3, batch_size=8, **settings), TEXTS, tmp_path, progress=False)
+    after = table.detach().clone()
+    assert not torch.equal(after, before)
+    again = load(checkpoint)  # the finished run's weights hold the table
+    train(again, SimCSE(max_steps=3, batch_size=8, **settings), TEXTS, tmp_path, progress=False)
+    assert torch.equal(again.backbone.get_input_embeddings().weight, after)
+    with pytest.raises(ValueError, match="train_embeddings is True; it must be False with an adapter"):
+        SimCSE(lora_r=4, train_embeddings=True)
+
+
 @pytest.mark.parametrize("kind", ["mntp", "simcse"])
 def test_gradient_checkpointing_and_mini_batches_change_no_loss(checkpoint, tmp_path, kind):
     """GradCache and checkpointing repeat the forward pass under the same dropout; accumulation needs none."""

@@ -186,6 +186,7 @@ def _trainable(encoder: SentenceTransformer, stage: Stage) -> Iterator[PeftModel
             check_layers(layers, stage.trainable_layers)
             for index in range(len(layers)) if stage.trainable_layers is None else stage.trainable_layers:
                 layers[index].requires_grad_(True)
+            backbone.get_input_embeddings().requires_grad_(stage.train_embeddings)
         inside = {id(parameter) for parameter in backbone.parameters()}
         if stage.trains_pooling:
             for parameter, flag in flags:

@@ -50,6 +50,7 @@ class Stage:
         lora_targets: names of the linear layers that get an adapter.
         trainable_layers: decoder layers to train, from 0; all by default. The backward pass
             stops below the lowest.
+        train_embeddings: with lora_r=0, train the token embeddings too.
         bf16: matrix products in bfloat16; "auto" where the hardware has it. Weights keep their dtype.
         gradient_checkpointing: keep no activations but one per layer.
         mini_batch_size: chunks or pairs in a process's memory at once; the loss is that of the whole batch
@@ -79,6 +80,7 @@ class Stage:
     lora_dropout: float = 0.05
     lora_targets: Sequence[str] = LORA_TARGETS
     trainable_layers: Sequence[int] | None = None
+    train_embeddings: bool = False
     bf16: bool | Literal["auto"] = "auto"
     gradient_checkpointing: bool = False
     mini_batch_size: int | None = None
@@ -96,6 +98,8 @@ class Stage:
             self._require(name, getattr(self, name) >= 1, "at least 1")
         for name in ("warmup_steps", "lora_r", "eval_steps", "weight_decay", "dataloader_num_workers"):
             self._require(name, getattr(self, name) >= 0, "at least 0")
+        apart = not (self.train_embeddings and self.lora_r)
+        self._require("train_embeddings", apart, "False with an adapter: lora_r=0 trains whole weights")
         self._require("learning_rate", self.learning_rate > 0, "above 0")
         self._require("lora_dropout", 0 <= self.lora_dropout < 1, "in [0, 1)")
         divides = self.mini_batch_size is None or (
