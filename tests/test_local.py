@@ -40,6 +40,8 @@ def root(tmp_path):
         write(tmp_path / "medquad" / f"{source}.jsonl.gz", text)
     clinc = {"train": [["hi", "greet"], ["bye", "leave"]], "test": [["yo", "greet"]]}
     write(tmp_path / "clinc150" / "data_full.json.gz", json.dumps(clinc))
+    trees = "# sent_id = 1\n# text = Don't go!\n1\tDo\tdo\tAUX\n\n# text = It works.\n1\tIt\tit\tPRON\n"
+    write(tmp_path / "ud_english_ewt" / "en_ewt-ud-train.conllu.gz", trees)
     return tmp_path
 
 
@@ -74,6 +76,7 @@ def test_texts_are_paragraphs_articles_and_sentences(root):
     texts = local_rows("local:wiki_texts", root)
     assert {"They dig.\nThey eat.", "They fly.", "Too short. Yes."} < set(texts) and len(texts) == 4
     assert sorted(local_rows("wiki_sentences", root)) == sorted(f"fact {i}" for i in range(11))
+    assert sorted(local_rows("web_sentences", root)) == ["Don't go!", "It works."]
 
 
 def test_code_is_of_the_environment_without_what_is_held_out(monkeypatch):

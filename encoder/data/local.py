@@ -163,6 +163,14 @@ def wiki_sentences(root: Path) -> Iterator[str]:
             yield sentence
 
 
+def web_sentences(root: Path) -> Iterator[str]:
+    """Sentences of blogs, newsgroups, emails, reviews and answers: the English Web Treebank's train split."""
+    with gzip.open(root / "ud_english_ewt" / "en_ewt-ud-train.conllu.gz", "rt", encoding="utf-8") as lines:
+        for line in lines:
+            if line.startswith("# text = "):
+                yield line.removeprefix("# text = ").strip()
+
+
 SETS: dict[str, Callable[[Path, random.Random], Iterator[dict[str, Any]]]] = {
     "nli": nli,
     "wiki_pairs": wiki_pairs,
@@ -174,6 +182,7 @@ SETS: dict[str, Callable[[Path, random.Random], Iterator[dict[str, Any]]]] = {
 TEXTS: dict[str, Callable[[Path], Iterator[str]]] = {
     "wiki_texts": wiki_texts,
     "wiki_sentences": wiki_sentences,
+    "web_sentences": web_sentences,
 }
 
 
