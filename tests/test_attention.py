@@ -225,15 +225,15 @@ def test_random_lengths(size, heads, dim):
     check(make(random_lengths(size, dim), *HEADS[heads], dim, torch.float32), {})
 
 
-# every dimension meets mha, mqa and gqa; pairs of lengths take turns
+# every dimension meets mha, mqa and gqa; pairs of lengths take turns, half as long for two of the three
 @pytest.mark.interpret
 @pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize(
     ("size", "heads", "dim"),
     [
-        (SIZES[(i + turn) % 5], heads, dim)
+        (tuple(-(-n // (1 if turn == i % 3 else 2)) for n in SIZES[(i + turn) % 5]), heads, dim)
         for i, dim in enumerate(DIMS)
-        for turn, heads in enumerate([(2, 2), (3, 1), (4, 2)])
+        for turn, heads in enumerate([(2, 2), (2, 1), (4, 2)])
     ],
     ids=str,
 )
@@ -396,7 +396,7 @@ def test_compiles_without_graph_breaks():
 @pytest.mark.parametrize("mode", ["plain", "causal", "all"])
 @pytest.mark.parametrize("lengths", LENGTHS)
 def test_kernels_interpreted(lengths, mode, dtype):
-    check(make(LENGTHS[lengths], 6, 2, 16, dtype), MODES[mode], backend="triton")
+    check(make(LENGTHS[lengths], 4, 2, 16, dtype), MODES[mode], backend="triton")
 
 
 @pytest.mark.interpret

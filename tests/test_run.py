@@ -1,6 +1,8 @@
 """Training stages on a tiny random model: what they learn, what they leave, how they stop and go on."""
 
+import resource
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -117,6 +119,22 @@ def test_interrupted_run_goes_on_as_if_nothing_had_happened(
     found = train(merged, stage, data, tmp_path / "cut", progress=False)
     assert found.steps == 0 and losses(found) == losses(whole)
     torch.testing.assert_close(merged.encode(TEXTS[:3]), encoder.encode(TEXTS[:3]), rtol=0, atol=0)
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux's /proc")
+def test_training_gives_memory_back_at_every_log(checkpoint, tmp_path):
+    """Regression: glibc kept the holes between what lives, and a long run on a CPU grew to twice its size."""
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    pieces = [torch.zeros(4096) for _ in range(20_000)]  # 320 MB
+    kept = pieces[::100]  # holes all over
+    del pieces
+    before = resident()
+    stage = SimCSE(max_steps=1, batch_size=8, **FAST)
+    train(load(checkpoint), stage, TEXTS, tmp_path, progress=False)
+    assert len(kept) == 200 and resident() < before - (200 << 20)
 
 
 def test_train_seed_matters(checkpoint, tmp_path):

@@ -4,8 +4,10 @@ It saves only what is trained and finite, swaps checkpoints in whole, counts rea
 processes of a run in step.
 """
 
+import ctypes
 import math
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -55,6 +57,7 @@ class StageTrainer(Trainer):
         return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        release_memory()
         if "loss" in logs:
             if not math.isfinite(logs["loss"]):
                 raise FloatingPointError(
@@ -114,6 +117,15 @@ class StageTrainer(Trainer):
             if self.args.should_save:
                 shutil.rmtree(staging, ignore_errors=True)
             self._staging = None
+
+
+def release_memory() -> None:
+    """Give what glibc holds of freed memory back to the system.
+
+    Batches of ever other shapes leave a heap of holes that grew from 7 to 14 GB in 400 steps on a CPU.
+    """
+    if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "malloc_trim"):
+        library.malloc_trim(0)
 
 
 def count_tokens(inputs: dict[str, Any]) -> int:
