@@ -441,8 +441,8 @@ class Encoder(SentenceTransformer):
         """Save so that plain `SentenceTransformer(path)` loads it (latent pooling needs this package).
 
         The folder is written beside `path` and takes its place when it is complete: a full disk or Ctrl-C
-            leaves an
-        earlier save as it was. A warning tells where plain sentence-transformers would pool other tokens.
+        leaves an earlier save as it was. A warning tells where plain sentence-transformers would pool other
+        tokens.
 
         Raises:
             ValueError: the weights are int8.

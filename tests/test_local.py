@@ -80,23 +80,22 @@ def test_texts_are_paragraphs_articles_and_sentences(root):
 
 
 def test_code_is_of_the_environment_without_what_is_held_out(monkeypatch):
-    """It needs no data directory; files of a held-out package must not be among those drawn."""
+    """It needs no data directory, and a slice reads no more files than it takes."""
     monkeypatch.delenv("UNCAUSAL_DATA", raising=False)
-    drawn = []
+    drawn, made = [], []
 
     def watched(files):
         drawn.extend(file.path for file in files)
-        return real(files)
+        for row in real(files):
+            made.append(row)
+            yield row
 
     real = local.code_pairs
     monkeypatch.setattr(local, "code_pairs", watched)
-    monkeypatch.setattr(local, "CODE_FILES", 150)
-    rows = local_rows("local:code", seed=1)
-    assert len(drawn) == 150 and len(rows) > 50 and rows[0].keys() == {"anchor", "positive"}
-    monkeypatch.setattr(local, "CODE_FILES", 10**6)
-    monkeypatch.setattr(local, "code_pairs", lambda files: drawn.extend(f.path for f in files) or [])
-    local_rows("local:code")
+    rows = local_rows("local:code[:60]", seed=1)
+    assert len(rows) == len(made) == 60 and rows[0].keys() == {"anchor", "positive"}
     assert len(drawn) > 5000 and not any(path.startswith(("pandas/", "networkx/", "rich/")) for path in drawn)
+    assert drawn != sorted(drawn)
 
 
 def test_order_is_the_seeds(root):
