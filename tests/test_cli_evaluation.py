@@ -8,7 +8,8 @@ from commands import SCORED, run
 from scipy.stats import spearmanr
 from sentence_transformers import SentenceTransformer
 
-from uncausal.encoder.evaluation import suite, words
+from uncausal.encoder.data.sources import HELD_OUT_DEV
+from uncausal.encoder.evaluation import code, suite, words
 from uncausal.encoder.evaluation.compare import INSTRUCT, evaluate_models
 from uncausal.encoder.evaluation.sts import ScoredPair
 from uncausal.encoder.evaluation.tasks import STS, Retrieval
@@ -57,6 +58,23 @@ def test_eval_reports_spearman_and_speed(cli_folder, capsys):
     assert abs(expected) > 20
     assert facts["spearman"] == pytest.approx(expected, abs=0.01)
     assert facts["pairs"] == len(SCORED) and facts["tokens_per_second"] > 0
+
+
+def test_eval_searches_code(cli_folder, tmp_path, capsys, monkeypatch):
+    real = code.code_search_set
+    monkeypatch.setattr(code, "code_search_set", lambda packages: real(packages[-1:], 12))
+    file = tmp_path / "code.json"
+    command = ["eval", cli_folder / "encoder", "--code", "--dtype", "float32", "--dimensions", "8", "32"]
+    rows = json.loads(run(capsys, *command, "--out", file, "--json"))
+    assert rows == json.loads(file.read_text()) and rows[0]["model"] == "BM25"
+    encoder = SentenceTransformer(str(cli_folder / "encoder"), device="cpu")
+    [expected, *_] = code.evaluate_sizes(encoder, real(HELD_OUT_DEV[-1:], 12), dimensions=[8])
+    del expected["ms"], rows[1]["ms"]
+    assert rows[1] == {"model": str(cli_folder / "encoder"), **expected} and len(rows) == 5
+    printed = run(capsys, *command[:5], "--split", "test")
+    assert len(printed.splitlines()) == 3 and "32 fp32" in printed
+    assert "dev and test" in run(capsys, *command[:5], "--split", "train", status=1)
+    assert "--dimensions goes with --code" in run(capsys, *command[:2], cli_folder, *command[5:], status=1)
 
 
 def test_eval_names_a_malformed_line(cli_folder, tmp_path, capsys):

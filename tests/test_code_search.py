@@ -12,6 +12,7 @@ from uncausal.encoder.evaluation.code import (
     bm25_scores,
     code_search_set,
     evaluate_code_search,
+    evaluate_sizes,
     search_metrics,
 )
 from uncausal.encoder.model import Encoder
@@ -74,6 +75,27 @@ def test_evaluate_code_search_ranks_by_cosine(smollm2):
         [100 / r if (r := (row >= row[i]).sum()) <= 10 else 0 for i, row in enumerate(cosines)]
     )
     assert evaluate_code_search(encoder, found)["mrr@10"] == pytest.approx(expected, abs=0.01)
+
+
+def test_evaluate_sizes_are_those_of_the_cut_vectors(smollm2):
+    encoder = Encoder.from_pretrained(smollm2, num_layers=1, dtype="float32", device="cpu", max_seq_length=32)
+    found = code_search_set(["requests"], 24)
+    rows = evaluate_sizes(encoder, found, dimensions=[8, 576])
+    assert [(row["dimension"], row["int8"], row["bytes"]) for row in rows] == [
+        (8, False, 32),
+        (8, True, 8),
+        (576, False, 2304),
+        (576, True, 576),
+    ]
+    for row in rows[::2]:
+        expected = evaluate_code_search(encoder, found, truncate_dim=row["dimension"])
+        assert row["mrr@10"] == pytest.approx(expected["mrr@10"], abs=0.01) and row["ms"] > 0
+    assert rows[0]["mrr@10"] != rows[2]["mrr@10"]
+    assert rows[3]["mrr@10"] == pytest.approx(rows[2]["mrr@10"], abs=3)
+    [whole, _] = evaluate_sizes(encoder, found)
+    assert whole["mrr@10"] == rows[2]["mrr@10"]
+    with pytest.raises(ValueError, match="vectors have 576 dimensions, not 577"):
+        evaluate_sizes(encoder, found, dimensions=[577])
 
 
 def test_bm25_finds_functions_of_real_packages():

@@ -25,6 +25,8 @@ def evaluate(
     suite: Literal["mini"] | None = None,
     tasks: tuple[str, ...] = (),
     mteb: tuple[str, ...] = (),
+    code: bool = False,
+    dimensions: tuple[int, ...] = (),
     words: bool = False,
     shift: bool = False,
     limit: int | None = None,
@@ -45,6 +47,9 @@ def evaluate(
         suite: the mini suite, eight families of tasks on the sets in --data-dir, with bootstrap intervals.
         tasks: only these tasks of the suite.
         mteb: tasks of MTEB by name, or of the suite where there is a data directory, run by MTEB.
+        code: search functions of installed packages, which no recipe trains on, by their docstrings, beside
+            BM25; needs no data.
+        dimensions: with --code: keep the first so many numbers of every vector, as float32 and as int8.
         words: part of speech and entities, by a linear probe on the token states.
         shift: with --words: take a token's state from the position before it, as MNTP predicts it.
         limit: with --words: sentences that the probe learns on; 4000 by default.
@@ -56,7 +61,9 @@ def evaluate(
         out: file to write the scores to, as JSON.
     """
     data_dir = data_dir or (Path(os.environ["UNCAUSAL_DATA"]) if os.environ.get("UNCAUSAL_DATA") else None)
-    chosen = [name for name, given in (("suite", suite), ("mteb", mteb), ("words", words)) if given]
+    chosen = [
+        name for name, given in (("suite", suite), ("mteb", mteb), ("code", code), ("words", words)) if given
+    ]
     if len(chosen) > 1:
         raise ValueError(f"give one of {' and '.join('--' + name for name in chosen)} at a time")
     kind = chosen[0] if chosen else "STS file"
@@ -65,11 +72,12 @@ def evaluate(
         {
             "tasks": (tasks, ["suite"]),
             "instruct": (instruct, ["suite", "mteb"]),
+            "dimensions": (dimensions, ["code"]),
             "shift": (shift, ["words"]),
             "limit": (limit, ["words"]),
             "cache-dir": (cache_dir, ["words"]),
             "plot": (plot, ["suite", "words"]),
-            "out": (out, ["suite", "words"]),
+            "out": (out, ["suite", "words", "code"]),
         },
     )
     if kind == "STS file":
@@ -87,6 +95,9 @@ def evaluate(
             check_writable(path)
     if kind == "mteb":
         evaluate_by_mteb(model, mteb, split, data_dir, instruct, loading, as_json)
+        return
+    if kind == "code":
+        evaluate_code(model, split, dimensions, out, loading, as_json)
         return
     if data_dir is None:
         raise ValueError("the data are missing: --data-dir (or UNCAUSAL_DATA) names their folder")
@@ -132,6 +143,44 @@ def evaluate_sts_file(model: str, data: Path, split: Split, loading: Loading, as
     result = evaluate_sts(loading.load(model), pairs, show_progress_bar=sys.stderr.isatty())
     figures = {"spearman": round(result.spearman, 2), "tokens_per_second": round(result.tokens_per_second, 1)}
     report({**figures, "pairs": len(pairs)}, as_json)
+
+
+def evaluate_code(
+    models: tuple[str, ...],
+    split: Split,
+    dimensions: tuple[int, ...],
+    out: Path | None,
+    loading: Loading,
+    as_json: bool,
+) -> None:
+    """Print MRR@10 of code search for BM25 and every model, at every size of its vectors."""
+    from uncausal.encoder.data.sources import HELD_OUT_DEV, HELD_OUT_TEST
+    from uncausal.encoder.evaluation.code import bm25_scores, code_search_set, evaluate_sizes, search_metrics
+    from uncausal.encoder.evaluation.compare import load_model
+    from uncausal.encoder.files import staged_file
+
+    if split == "train":
+        raise ValueError("the splits are dev and test, not 'train'")
+    found = code_search_set(HELD_OUT_DEV if split == "dev" else HELD_OUT_TEST)
+    rows: list[dict[str, Any]] = [{"model": "BM25", **search_metrics(bm25_scores(found))}]
+    options = loading.options(*models)
+    for model in models:
+        encoder = load_model(model, **options)
+        sizes = evaluate_sizes(encoder, found, dimensions=dimensions, show_progress_bar=sys.stderr.isatty())
+        rows += [{"model": model, **row} for row in sizes if dimensions or not row["int8"]]
+    if out is not None:
+        with staged_file(out) as file:
+            file.write(json.dumps(rows, indent=2).encode() + b"\n")
+    if as_json:
+        print(json.dumps(rows))
+        return
+    width = max(len(row["model"]) for row in rows)
+    print(f"{'':{width}}  numbers     bytes  ms a query  MRR@10 (95 %)       recall@10")
+    for row in rows:
+        size = f"{row['dimension']} {'int8' if row['int8'] else 'fp32'}" if "ms" in row else ""
+        cost = f"{row['bytes']:8,}  {row['ms']:10.1f}" if "ms" in row else " " * 20
+        score = f"{row['mrr@10']:.1f} ({row['low']:.1f} to {row['high']:.1f})"
+        print(f"{row['model']:{width}}  {size:9}{cost}  {score:19} {row['recall@10']:.1f}")
 
 
 def evaluate_by_mteb(

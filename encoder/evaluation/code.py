@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -16,6 +17,9 @@ from sklearn.feature_extraction.text import CountVectorizer
 from uncausal.encoder.data.code import code_pairs
 from uncausal.encoder.data.duplicates import NearDuplicates
 from uncausal.encoder.data.sources import HELD_OUT_TEST, distribution_files
+from uncausal.encoder.serving.index import to_int8
+
+PASSAGES = 20_000  # that the time of a query is measured among
 
 
 class CodeSearchSet(NamedTuple):
@@ -76,6 +80,51 @@ def evaluate_code_search(
     asked = encoder.encode(queries, prompt=prompt, convert_to_tensor=True, **encode_options)
     stored = encoder.encode(documents, convert_to_tensor=True, **encode_options)
     return search_metrics(cos_sim(asked, stored).float().cpu().numpy())
+
+
+def evaluate_sizes(
+    encoder: SentenceTransformer,
+    search_set: CodeSearchSet | None = None,
+    *,
+    dimensions: Sequence[int] = (),
+    prompt: str | None = None,
+    **encode_options: Any,
+) -> list[dict[str, Any]]:
+    """Score smaller vectors: the first so many numbers of each (Matryoshka), as float32 and as int8.
+
+    Args:
+        encoder, search_set, prompt, **encode_options: as in `evaluate_code_search`.
+        dimensions: to keep; by default all.
+
+    Returns:
+        A row a size, as `search_metrics` and with dimension, int8, bytes of a stored vector, and the
+        milliseconds of one query among 20,000 of them, as `Index.search` compares them: in float32.
+
+    Raises:
+        ValueError: a vector has fewer dimensions than asked.
+    """
+    queries, documents = search_set or code_search_set()
+    asked = encoder.encode(queries, prompt=prompt, convert_to_numpy=True, **encode_options)
+    stored = encoder.encode(documents, convert_to_numpy=True, **encode_options)
+    width, rows = stored.shape[1], []
+    for size in dimensions or (width,):
+        if not 0 < size <= width:
+            raise ValueError(f"the model's vectors have {width} dimensions, not {size}")
+        short, queried = (_unit(vectors[:, :size].astype(np.float32)) for vectors in (stored, asked))
+        for int8 in (False, True):
+            kept = _unit(to_int8(short).astype(np.float32)) if int8 else short
+            many = np.resize(kept, (PASSAGES, size))
+            started = time.perf_counter()
+            for query in queried[:20]:
+                np.argsort(-(many @ query))
+            taken = (time.perf_counter() - started) / len(queried[:20])
+            row = {"dimension": size, "int8": int8, "bytes": size * (1 if int8 else 4), "ms": 1000 * taken}
+            rows.append(row | search_metrics(queried @ kept.T))
+    return rows
+
+
+def _unit(vectors: np.ndarray) -> np.ndarray:
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
 def search_metrics(scores: np.ndarray) -> dict[str, float]:

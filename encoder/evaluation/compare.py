@@ -27,6 +27,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from uncausal.encoder.evaluation.tasks import DOCUMENT, QUERY, Measurement, Task, Vectors
+from uncausal.encoder.loading import local_path
 from uncausal.encoder.model import Encoder
 
 INSTRUCT = "Instruct: {instruction}\nQuery: "
@@ -89,13 +90,14 @@ def load_model(source: str | Path, **options: Any) -> SentenceTransformer:
     """Load whatever can be scored: a decoder as an `Encoder`, any other sentence-transformers model as it is.
 
     Args:
-        source: hub name, model folder or .gguf file.
+        source: hub name, model folder or .gguf file; "package:NAME/FOLDER" is one in an installed package.
         **options: of `Encoder.from_pretrained`, for decoders (pooling, bidirectional, num_layers, ...).
 
     Raises:
         FileNotFoundError: no model of that name.
     """
-    if Path(source).suffix == ".gguf" or "gguf_file" in options or _is_decoder(source):
+    source = local_path(str(source))
+    if source.suffix == ".gguf" or "gguf_file" in options or _is_decoder(source):
         return Encoder.from_pretrained(source, **options)
     return SentenceTransformer(str(source), device=options.get("device"))
 

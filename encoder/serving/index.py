@@ -169,8 +169,7 @@ def _store(
     """Encode the passages of some files and put them in the place of what was there, all or nothing."""
     texts = [passage.text for _, _, of_file in files for passage in of_file]
     vectors = encode(texts) if texts else np.empty((0, 0), dtype=np.float32)
-    if int8:  # only directions count, so the scale need not be kept
-        vectors = np.rint(vectors * (127 / abs(vectors).max(1, keepdims=True, initial=1e-9))).astype(np.int8)
+    vectors = to_int8(vectors) if int8 else vectors
     blobs = iter(vectors)
     with database:
         for name, digest, of_file in files:
@@ -251,6 +250,11 @@ class Index:
             [Hit(float(row[i]), *self.passages[i]) for i in indices if row[i] > -np.inf]
             for row, indices in zip(scores, best, strict=True)
         ]
+
+
+def to_int8(vectors: np.ndarray) -> np.ndarray:
+    """Round vectors to a byte a number, the largest of each at 127: only directions are kept."""
+    return np.rint(vectors * (127 / abs(vectors).max(1, keepdims=True, initial=1e-9))).astype(np.int8)
 
 
 def is_index(path: str | Path) -> bool:
