@@ -244,9 +244,10 @@ def test_train_needs_enough_data(checkpoint, tmp_path, stage, data, message):
 def prompted_loss(encoder, rows, prompts, temperature):
     """InfoNCE by hand: every text alone, its prompt's tokens counted and left out of the mean."""
     columns = []
-    for texts, prompt in zip(zip(*rows, strict=True), prompts, strict=True):
+    for texts, of_column in zip(zip(*rows, strict=True), prompts, strict=True):
         vectors = []
-        for text in texts:
+        of_rows = [of_column] * len(texts) if isinstance(of_column, str) else of_column
+        for text, prompt in zip(texts, of_rows, strict=True):
             ids = encoder.tokenizer(prompt + text, return_tensors="pt")["input_ids"]
             skipped = len(encoder.tokenizer(prompt)["input_ids"]) if prompt else 0
             vectors.append(encoder.backbone(input_ids=ids).last_hidden_state[0, skipped:].mean(0))
@@ -255,7 +256,7 @@ def prompted_loss(encoder, rows, prompts, temperature):
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "uncausal"])
-@pytest.mark.parametrize("where", ["prompts", "instruction"])
+@pytest.mark.parametrize("where", ["prompts", "instruction", "rows"])
 def test_prompts_are_attended_but_not_pooled_in_training(checkpoint, tmp_path, attention, where):
     """The first loss is that of a computation by hand; a mask off by two passed the earlier test."""
     options = {"max_steps": 1, "batch_size": 8, "temperature": 0.5, **FAST, "lora_dropout": 0.0}
@@ -263,7 +264,17 @@ def test_prompts_are_attended_but_not_pooled_in_training(checkpoint, tmp_path, a
     data, stage = rows, Contrastive(prompts={"anchor": prompt}, **options)
     if where == "instruction":
         data = [{"anchor": a, "positive": p, "instruction": "king"} for a, p in rows]
-        stage = Contrastive(instruction_template="the {instruction} likes ", **options)
+        # an instruction makes no text a duplicate
+        stage = Contrastive(instruction_template="the {instruction} likes ", no_duplicates=True, **options)
+    if where == "rows":  # tasks within one batch
+        told = ["king", "dog", None, "king"]
+        data = [
+            {"anchor": a, "positive": p, "instruction": i} for (a, p), i in zip(rows[:4], told, strict=True)
+        ]
+        data = {"told": data, "plain": rows[4:]}
+        template = "the {instruction} likes "
+        stage = Contrastive(instruction_template=template, blend=True, **options)
+        prompt = [template.format(instruction=i) if i else "" for i in [*told, *[None] * 4]]
     with torch.no_grad():
         expected = prompted_loss(load(checkpoint, attention), rows, (prompt, ""), 0.5)
     found = losses(train(load(checkpoint, attention), stage, data, tmp_path, progress=False))

@@ -31,7 +31,7 @@ PAIR_NAMES = (
     ("sentence1", "sentence2"),
 )
 NEGATIVE = re.compile(r"negative(?:_(\d+))?")
-TEXT, LABEL = "text", "label"
+TEXT, LABEL, INSTRUCTION = "text", "label", "instruction"
 
 
 @dataclass(kw_only=True)
@@ -79,8 +79,8 @@ def read_pairs(source: Any, **options: Any) -> Dataset | DatasetDict:
 
     Returns:
         A Dataset with the columns anchor, positive, then negative or negative_1 to negative_K; further
-        `label` (integers) where rows carry an id or a label, `score` where asked for, and `instruction`. For
-        a dict, or rows with a `task`, a DatasetDict of those.
+        `label` (integers) where rows carry an id or a label, `score` where asked, and `instruction`, empty
+        for none. For a dict, or rows with a `task`, a DatasetDict of those.
 
     Raises:
         FileNotFoundError: no such file.
@@ -310,11 +310,6 @@ def _dataset(pairs: list[Pair], options: PairOptions) -> Dataset:
                 f"{pair.place}: no field {name!r}, and other rows have {count}: every row needs as many "
                 "negatives; negatives=N takes the first N of each"
             )
-        if pair.instruction != first.instruction:
-            raise DataError(
-                f"{pair.place}: the field 'instruction' differs from that of {first.place}: rows of one set "
-                "share one; give rows of another instruction another `task`"
-            )
         if (pair.id is None) != (first.id is None):
             raise DataError(f"{pair.place}: some rows of the set have an id or a label, and some have none")
     columns: dict[str, list[Any]] = {
@@ -329,8 +324,8 @@ def _dataset(pairs: list[Pair], options: PairOptions) -> Dataset:
     elif first.id is not None:
         numbers: dict[Any, int] = {}
         columns[LABEL] = [numbers.setdefault(pair.id, len(numbers)) for pair in pairs]
-    if first.instruction is not None:
-        columns["instruction"] = [pair.instruction for pair in pairs]
+    if any(pair.instruction is not None for pair in pairs):
+        columns[INSTRUCTION] = [pair.instruction or "" for pair in pairs]
     return Dataset.from_dict(columns)
 
 

@@ -1,17 +1,20 @@
 """Supervised contrastive learning on pairs, or triplets with hard negatives, and in-batch negatives."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from datasets import Dataset, DatasetDict, concatenate_datasets
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.data_collator import DEFAULT_LABEL_COLUMNS
 from sentence_transformers.base.training_args import BatchSamplers
+from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
 from torch import nn
 
-from uncausal.encoder.data.pairs import LABEL, read_pairs, text_columns
+from uncausal.encoder.data.pairs import INSTRUCTION, LABEL, read_pairs, text_columns
 from uncausal.encoder.data.rows import DataError
 from uncausal.encoder.training.losses import InfoNCELoss
 from uncausal.encoder.training.samplers import Blended, WeightedSets
@@ -32,7 +35,7 @@ class Contrastive(InfoNCEStage):
             apart never tells a positive from the negatives.
         no_duplicates: no text occurs twice in a batch, where it would be its own negative.
         prompts: column name -> text put before each of its texts; attended, not pooled.
-        instruction_template: makes the anchors' prompt of a set whose rows have an `instruction`.
+        instruction_template: makes the prompt of an anchor whose row has an `instruction`.
         hard_negatives: "shared" are negatives of every anchor in the batch, "own" of their row's alone.
         in_batch_negatives: False contrasts each anchor with its own negatives alone.
     """
@@ -121,31 +124,58 @@ class Contrastive(InfoNCEStage):
     ) -> StageTrainer:
         if self.no_duplicates:
             arguments["batch_sampler"] = BatchSamplers.NO_DUPLICATES
-        prompts: dict[str, Any] = {}
+        sets = dict(dataset) if isinstance(dataset, DatasetDict) else {"": dataset}
+        prompts, sets = self._prompts(sets)
         if isinstance(dataset, DatasetDict):
-            weights = [self.weights.get(str(name), 1.0) for name in dataset]
-            prompts = {str(name): self._prompts(part) for name, part in dataset.items()}
-            sizes = [len(part) for part in dataset.values()]
-            dataset = DatasetDict({name: _without_instruction(part) for name, part in dataset.items()})
+            weights = [self.weights.get(str(name), 1.0) for name in sets]
+            sizes = [len(part) for part in sets.values()]
             if self.blend:
-                dataset, prompts = concatenate_datasets(list(dataset.values())), next(iter(prompts.values()))
+                dataset = concatenate_datasets(list(sets.values()))
                 arguments["batch_sampler"] = partial(Blended, sizes=sizes, weights=weights)
-            elif self.weights:
-                arguments["multi_dataset_batch_sampler"] = partial(WeightedSets, weights=weights)
+            else:
+                dataset = DatasetDict(sets)
+                if self.weights:
+                    arguments["multi_dataset_batch_sampler"] = partial(WeightedSets, weights=weights)
         else:
-            prompts, dataset = self._prompts(dataset), _without_instruction(dataset)
-        return super().make_trainer(encoder, dataset, run, loss, prompts=prompts, **arguments)
+            dataset = sets[""]
+        collator = InstructedCollator(encoder.preprocess, prompts=dict(self.prompts), of_rows=prompts)
+        return super().make_trainer(encoder, dataset, run, loss, data_collator=collator, **arguments)
 
-    def _prompts(self, part: Dataset) -> dict[str, str]:
-        """Column name -> prompt of one set."""
-        if "instruction" not in part.column_names:
-            return dict(self.prompts)
-        anchor = self.instruction_template.replace("{instruction}", part[0]["instruction"])
-        return {"anchor": anchor, **self.prompts}
+    def _prompts(self, sets: dict[Any, Dataset]) -> tuple[list[str], dict[Any, Dataset]]:
+        """The anchors' prompts, and the sets with a prompt's number in the place of each instruction."""
+        found = {name: part[INSTRUCTION] for name, part in sets.items() if INSTRUCTION in part.column_names}
+        if not found:
+            return [], sets
+        numbers = {text: i for i, text in enumerate(dict.fromkeys(["", *chain(*found.values())]))}
+        numbered = {}
+        for name, part in sets.items():
+            told = [numbers[text] for text in found.get(name, [""] * len(part))]
+            bare = part.remove_columns([INSTRUCTION]) if name in found else part
+            numbered[name] = bare.add_column(INSTRUCTION, told)  # pyright: ignore[reportCallIssue]
+        made = [self.instruction_template.replace("{instruction}", text) if text else "" for text in numbers]
+        return made, numbered
 
 
-def _without_instruction(part: Dataset) -> Dataset:
-    return part.remove_columns([name for name in part.column_names if name == "instruction"])
+@dataclass
+class InstructedCollator(SentenceTransformerDataCollator):
+    """Puts before every anchor the prompt of its row's instruction.
+
+    Args:
+        of_rows: the prompts that a row's instruction numbers; one for the anchors in `prompts` goes instead.
+    """
+
+    # what the library takes for a label it neither tokenises nor takes for a duplicate in a batch
+    valid_label_columns: list[str] = field(default_factory=lambda: [*DEFAULT_LABEL_COLUMNS, INSTRUCTION])
+    of_rows: list[str] = field(default_factory=list)
+
+    def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
+        if not self.of_rows:
+            return super().__call__(features)
+        rows = [{name: value for name, value in row.items() if name != INSTRUCTION} for row in features]
+        before = [self.of_rows[row[INSTRUCTION]] for row in features]
+        anchors: Any = before[0] if len({*before}) == 1 else before
+        told = replace(self, prompts={"anchor": anchors, **cast(dict, self.prompts)}, of_rows=[])
+        return told(rows)
 
 
 def _ids_apart(sets: dict[Any, Dataset]) -> dict[Any, Dataset]:
@@ -170,8 +200,3 @@ def _check_alike(sets: dict[Any, Dataset]) -> None:
         if wanted != there:
             odd = sorted(wanted ^ there)[0]
             raise DataError(f"blend: the sets {first!r} and {name!r} differ in the column {odd!r}")
-        if part[0].get("instruction") != sets[first][0].get("instruction"):
-            raise DataError(
-                f"blend: the sets {first!r} and {name!r} differ in their instruction, and a batch has one "
-                "prompt a column: leave blend off"
-            )
