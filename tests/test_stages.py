@@ -343,6 +343,20 @@ def test_ids_of_different_sets_are_different(checkpoint):
     assert not stage.make_loss(encoder, stage.prepare(encoder, PAIRS)).labels_as_ids
 
 
+@pytest.mark.parametrize(
+    ("limits", "caches"),
+    [
+        ({"mini_batch_size": 8}, False),
+        ({"mini_batch_size": 4}, True),
+        ({"mini_batch_size": 8, "mini_batch_num_tokens": 20}, True),
+        ({}, False),
+    ],
+)
+def test_a_mini_batch_of_the_whole_batch_is_not_embedded_twice(checkpoint, limits, caches):
+    loss = Contrastive(batch_size=8, **limits).make_loss(load(checkpoint))
+    assert loss.uses_gradient_cache is caches
+
+
 def test_mntp_never_masks_special_tokens(checkpoint):
     encoder = load(checkpoint)
     found = MNTP(mask_token="king").mask_settings(encoder.tokenizer, encoder.backbone)

@@ -289,6 +289,12 @@ class InfoNCEStage(PairStage):
         self._require("mini_batch_num_tokens", cached, "given with mini_batch_size")
         self._require("exchange", self.exchange in ("all_gather", "ring"), "all_gather or ring")
 
+    @property
+    def caches_nothing(self) -> bool:
+        """Whether a mini-batch holds a process's whole share: GradCache would embed it twice for nothing."""
+        share = self.batch_size // PartialState().num_processes
+        return self.mini_batch_num_tokens is None and (self.mini_batch_size or share) >= share
+
     def make_loss(self, encoder: SentenceTransformer, dataset: Any = None, **options: Any) -> nn.Module:
         """Return the loss of a batch's columns; `options` are further ones of `InfoNCELoss`."""
         width = encoder.get_embedding_dimension() or 0
@@ -299,7 +305,7 @@ class InfoNCEStage(PairStage):
             temperature=self.temperature,
             margin=self.margin,
             symmetric=self.symmetric,
-            mini_batch_size=self.mini_batch_size,
+            mini_batch_size=None if self.caches_nothing else self.mini_batch_size,
             mini_batch_num_tokens=self.mini_batch_num_tokens,
             matryoshka_dims=self.matryoshka_dims,
             matryoshka_weights=self.matryoshka_weights,
