@@ -20,7 +20,7 @@ class Instruction(Contrastive):
     """Contrast with each anchor's own hard negatives, over tasks blended within a batch.
 
     Every row needs at least one negative. Sets are blended by default (`blend`), so they need the same
-    columns and one instruction. Defaults are NV-Embed's second stage.
+    columns. Defaults are NV-Embed's second stage.
     """
 
     max_steps: int = 18000
