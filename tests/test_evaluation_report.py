@@ -74,6 +74,8 @@ def test_load_model_takes_folders_of_each_kind(smollm2, tmp_path):
     assert load_model(tmp_path / "saved", device="cpu").pooling == "weighted_mean"
     with pytest.raises(FileNotFoundError, match="nowhere"):
         load_model(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="no_such_package"):
+        load_model("package:no_such_package/model")
 
 
 def test_one_path_is_one_model(monkeypatch):

@@ -140,6 +140,8 @@ def test_every_variant_of_every_recipe_loads(name, variant):
 def test_all_recipes_are_there():
     assert set(list_recipes()) == {"llm2vec", "l3prune", "nv_embed", "fusion", "encoder", "code"}
     assert all("mini" in variants for name, variants in list_recipes().items() if name != "encoder")
+    assert load_recipe("code-mini") == load_recipe("code", "mini")
+    assert load_recipe("code-coder-1_5b").variant == "coder-1_5b"
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,7 @@ def run(
     """Run every step of a recipe.
 
     Args:
-        recipe: name of a recipe that comes with the package (see --list), or a TOML file.
+        recipe: name of one that comes with the package (see --list), or of a variant (code-mini), or a file
         output: folder to write; an interrupted run resumes from it.
         list: print the recipes that come with the package and their variants.
         variant: one of the recipe's variants, or several as mini+no_mntp; by default the first.

@@ -27,7 +27,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from uncausal.encoder.evaluation.tasks import DOCUMENT, QUERY, Measurement, Task, Vectors
-from uncausal.encoder.loading import local_path
+from uncausal.encoder.loading import PACKAGE, local_path
 from uncausal.encoder.model import Encoder
 
 INSTRUCT = "Instruct: {instruction}\nQuery: "
@@ -96,8 +96,9 @@ def load_model(source: str | Path, **options: Any) -> SentenceTransformer:
     Raises:
         FileNotFoundError: no model of that name.
     """
-    source = local_path(str(source))
-    if source.suffix == ".gguf" or "gguf_file" in options or _is_decoder(source):
+    if str(source).startswith(PACKAGE):
+        source = local_path(str(source))
+    if Path(source).suffix == ".gguf" or "gguf_file" in options or _is_decoder(source):
         return Encoder.from_pretrained(source, **options)
     return SentenceTransformer(str(source), device=options.get("device"))
 

@@ -161,13 +161,16 @@ def load_recipe(path: str | Path, variant: str | None = None) -> Recipe:
     """Read a recipe and check every key.
 
     Args:
-        path: TOML file, or the name of a recipe that comes with the package.
+        path: TOML file, or the name of a recipe that comes with the package; "code-mini" is its variant mini.
         variant: one of the file's, or several joined by "+"; the first by default.
 
     Raises:
         FileNotFoundError: no such file.
         RecipeError: malformed TOML, an unknown key (the nearest valid one is named) or an impossible value.
     """
+    if variant is None:
+        joined = {f"{name}-{one}": (name, one) for name, names in list_recipes().items() for one in names}
+        path, variant = joined.get(str(path), (path, None))
     path = find_recipe(path)
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
