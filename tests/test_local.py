@@ -42,7 +42,31 @@ def root(tmp_path):
     write(tmp_path / "clinc150" / "data_full.json.gz", json.dumps(clinc))
     trees = "# sent_id = 1\n# text = Don't go!\n1\tDo\tdo\tAUX\n\n# text = It works.\n1\tIt\tit\tPRON\n"
     write(tmp_path / "ud_english_ewt" / "en_ewt-ud-train.conllu.gz", trees)
+    write(tmp_path / "semeval_sts" / "2013" / "OnWN.tsv", "4.0\tA thin, light wood\tSomething else.\n")
+    senses = {
+        "noun": '00001 03 n 02 spiral_galaxy 0 coil 1 001 @ 00002 n 0000 | a galaxy; "Ours is one"\n'
+        "00002 03 n 0a " + " ".join(f"name{i} 0" for i in range(10)) + " 000 | ten names\n"
+        '00003 03 n 01 balsa 0 000 | a thin light wood; of a tree; "a raft of balsa"\n',
+        "verb": "",
+        "adj": "00004 00 a 01 near(a) 0 000 | close by\n",
+        "adv": "",
+    }
+    for kind, text in senses.items():
+        write(tmp_path / "dict" / f"data.{kind}", "  1 This software and database\n" + text)
     return tmp_path
+
+
+def test_wordnet_is_names_and_definitions(root, monkeypatch):
+    """Counts of names are hexadecimal, an adjective's marker is none of its name, STS definitions are out."""
+    monkeypatch.setenv("WNSEARCHDIR", str(root / "dict"))
+    assert sorted(local_rows("local:wordnet", root)) == [
+        ", ".join(f"name{i}" for i in range(10)) + ": ten names",
+        "near: close by",
+        'spiral galaxy, coil: a galaxy; "Ours is one"',
+    ]
+    monkeypatch.setenv("WNSEARCHDIR", str(root))
+    with pytest.raises(FileNotFoundError, match="apt install wordnet-base"):
+        local_rows("local:wordnet", root)
 
 
 def test_nli_leaves_out_sts_test_sentences_and_broken_rows(root):

@@ -1,6 +1,7 @@
 """Recipes: the published ones carry the papers' values, mistakes are named, and each runs from end to end."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -294,6 +295,32 @@ pooling = "latent"
     unpruned = text.replace('[[stage]]\nkind = "prune"\n', "")
     with pytest.raises(RecipeError, match=r"stage 2: teacher 'self' needs a prune stage before it"):
         load_recipe(write(tmp_path / "s.toml", unpruned))
+
+
+def test_a_teacher_encodes_once(checkpoint, tmp_path, monkeypatch):
+    """An interrupted run goes on with the vectors that it has; another teacher's are not taken for them."""
+    recipe = load_recipe(
+        write(tmp_path / "r.toml", '[model]\nname = "m"\n[[stage]]\nkind = "distill"\nteacher = "a"')
+    )
+    [step] = recipe.steps
+    vars(step.settings).update(FAST | {"max_steps": 1, "batch_size": 8})
+    for name in "ab":
+        shutil.copytree(checkpoint, tmp_path / name)
+    asked = []
+    encode = SentenceTransformer.encode
+
+    def watched(model, texts, *args, **options):
+        if type(model) is SentenceTransformer:
+            asked.append(len(texts))
+        return encode(model, texts, *args, **options)
+
+    monkeypatch.setattr(SentenceTransformer, "encode", watched)
+    monkeypatch.chdir(tmp_path)
+    options = {"model": checkpoint, "data": {"distill": TEXTS}, **QUIET}
+    for teacher, resume, times in [("a", True, 1), ("a", True, 1), ("a", False, 2), ("b", True, 3)]:
+        step.settings.teacher = teacher
+        run_recipe(recipe, tmp_path / "out", resume=resume, **options)
+        assert asked == [len(TEXTS)] * times
 
 
 def test_texts_of_several_sources_are_one_after_another(tmp_path):

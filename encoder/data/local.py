@@ -51,6 +51,8 @@ def check_local(name: str, root: str | Path | None = None) -> Path:
     if name not in SETS and name not in TEXTS:
         there = ", ".join(PREFIX + known for known in (*SETS, *TEXTS))
         raise DataError(f"{PREFIX}{name}: no such set; there is {there}")
+    if name == "wordnet":
+        wordnet_dir()
     return Path() if name == "code" else data_dir(root)
 
 
@@ -175,6 +177,41 @@ def web_sentences(root: Path) -> Iterator[str]:
                 yield line.removeprefix("# text = ").strip()
 
 
+def wordnet(root: Path) -> Iterator[str]:
+    """Words of every field: WordNet's synonyms, definition and examples, as "glow, gleam: a steady light".
+
+    The database is WNSEARCHDIR, WordNet's own variable, or that of Debian's package wordnet-base. Definitions
+    that STS tasks ask about (OnWN, FNWN) are left out.
+    """
+    held_out = {_plain(field) for file in (root / "semeval_sts").rglob("*.tsv") for field in _fields(file)}
+    for kind in ("noun", "verb", "adj", "adv"):
+        with open(wordnet_dir() / f"data.{kind}", encoding="utf-8") as lines:
+            for line in lines:
+                if line.startswith("  "):  # the licence
+                    continue
+                record, gloss = line.rstrip().split(" | ", 1)
+                fields = record.split()
+                names = [re.sub(r"\(\w+\)$", "", name) for name in fields[4 : 4 + 2 * int(fields[3], 16) : 2]]
+                definition = gloss.split('; "')[0]
+                if held_out.isdisjoint(map(_plain, (gloss, definition, *definition.split(";")))):
+                    yield f"{', '.join(names).replace('_', ' ')}: {gloss}"
+
+
+def wordnet_dir() -> Path:
+    """Return the folder of WordNet's database.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    folder = Path(os.environ.get("WNSEARCHDIR", "/usr/share/wordnet"))
+    if not (folder / "data.noun").is_file():
+        raise FileNotFoundError(
+            f"no WordNet in {folder}: install it (apt install wordnet-base), "
+            "or set WNSEARCHDIR to the folder that holds data.noun"
+        )
+    return folder
+
+
 SETS: dict[str, Callable[[Path, random.Random], Iterator[dict[str, Any]]]] = {
     "nli": nli,
     "wiki_pairs": wiki_pairs,
@@ -187,6 +224,7 @@ TEXTS: dict[str, Callable[[Path], Iterator[str]]] = {
     "wiki_texts": wiki_texts,
     "wiki_sentences": wiki_sentences,
     "web_sentences": web_sentences,
+    "wordnet": wordnet,
 }
 
 
@@ -197,6 +235,15 @@ def _tsv(path: Path) -> Iterator[list[str]]:
             fields = [field.strip() for field in row]
             if fields and all(fields):
                 yield fields
+
+
+def _fields(path: Path) -> Iterator[str]:
+    return (field for line in path.read_text(encoding="utf-8").splitlines() for field in line.split("\t"))
+
+
+def _plain(text: str) -> str:
+    """Words alone, in lower case."""
+    return " ".join(re.findall(r"\w+", text.lower()))
 
 
 def _sts_sentences(root: Path, split: str) -> set[str]:

@@ -24,7 +24,7 @@ from uncausal.encoder.training.ranks import process_state, together
 from uncausal.encoder.training.recipes import SELF, Recipe, Step
 from uncausal.encoder.training.run import train
 from uncausal.encoder.training.stages.base import Stage
-from uncausal.encoder.training.stages.distill import Distill
+from uncausal.encoder.training.stages.distill import Distill, teacher_of
 from uncausal.encoder.whitening import LinearMap, Whitening, append_linear
 
 logger = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ def run_recipe(
             append_linear(encoder, whitening(step, encoder, folder, data_dir, resume, progress))
             outcome = {}
         else:
-            stage = settings_of(step, teacher, folder)
+            stage = settings_of(step, teacher, folder, resume)
             result = train(encoder, stage, step.read(data_dir), folder, resume, eval, progress=progress)
             outcome = {"metrics": result.metrics, **outcome_of(folder)}
             logger.info("%s: %s", step.kind, outcome)
@@ -100,13 +100,19 @@ def set_pooling(encoder: Encoder, step: Step) -> None:
             encoder.set_pooling(step.pooling)  # pyright: ignore[reportArgumentType]
 
 
-def settings_of(step: Step, teacher: Path | None, folder: Path) -> Stage:
-    """The stage of a step, with the encoder before the last prune step for the teacher "self"."""
+def settings_of(step: Step, teacher: Path | None, folder: Path, resume: bool = True) -> Stage:
+    """The stage of a step, with the encoder before the last prune step for the teacher "self".
+
+    A teacher encodes once: its vectors are kept beside the checkpoints, until another teaches.
+    """
     stage: Any = step.settings
-    if isinstance(stage, Distill) and stage.teacher == SELF:
-        folder.mkdir(parents=True, exist_ok=True)
-        return replace(stage, teacher=str(teacher), vectors=stage.vectors or str(folder / VECTORS))
-    return stage
+    if not isinstance(stage, Distill) or stage.vectors is not None:
+        return stage
+    folder.mkdir(parents=True, exist_ok=True)
+    file, own = folder / VECTORS, stage.teacher == SELF
+    if not resume or not (own or teacher_of(file) == stage.teacher):
+        file.unlink(missing_ok=True)
+    return replace(stage, teacher=str(teacher) if own else stage.teacher, vectors=str(file))
 
 
 def choose(step: Step, encoder: Encoder, folder: Path, data_dir: Any, resume: bool, progress: bool) -> Choice:

@@ -160,6 +160,12 @@ def text_digest(texts: Iterable[str]) -> str:
     return digest.hexdigest()[:16]
 
 
+def teacher_of(file: Path) -> str | None:
+    """Return who taught the vectors of a file, or None where no note beside it tells."""
+    note = _note(file)
+    return json.loads(note.read_text())["teacher"] if note.exists() else None
+
+
 def _note(file: Path) -> Path:
     """What stands beside a file of vectors: whose they are."""
     return file.with_suffix(".json")
