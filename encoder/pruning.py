@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -75,14 +74,15 @@ class Pruning:
         pairs = read_pairs(triplets, min_score=self.min_score)
         sets = list(pairs.values()) if isinstance(pairs, DatasetDict) else [pairs]
         width = min(len(text_columns(part)) for part in sets)  # rows of one batch have as many texts
-        rows = (
+        share = min(self.triplets / sum(map(len, sets)), 1)  # of every set, however many there are
+        rows = [
             row
-            for part in sets
+            for part in (part.select(range(math.ceil(share * len(part)))) for part in sets)
             for row in zip(*(part[name] for name in text_columns(part)[:width]), strict=True)
-        )
+        ]
         losses = layer_losses(
             encoder,
-            list(islice(rows, self.triplets)),
+            rows[: self.triplets],
             temperature=self.temperature,
             show_progress_bar=show_progress_bar,
         )

@@ -4,7 +4,8 @@ The averaged states of a language model share a few large directions, which drow
 Without any training the map brings it out; before training it spares the steps that would undo them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -60,15 +61,24 @@ class Whitening:
             ValueError: fewer texts than the vectors have dimensions, or `dim` above those.
         """
         limit, encoder.max_seq_length = encoder.max_seq_length, self.max_length
-        normalized = encoder.pop(-1) if isinstance(encoder[-1], Normalize) else None
         drawn = np.random.default_rng(self.seed).permutation(len(texts))[: self.max_texts]
         try:
-            vectors = encoder.encode([texts[i] for i in drawn], show_progress_bar=progress)
+            with unnormalized(encoder):
+                vectors = encoder.encode([texts[i] for i in drawn], show_progress_bar=progress)
         finally:
             encoder.max_seq_length = limit
-            if normalized is not None:
-                encoder.append(normalized)
         return whitening_map(vectors, self.power, self.dim)
+
+
+@contextmanager
+def unnormalized(encoder: SentenceTransformer) -> Iterator[None]:
+    """Without the normalisation at the encoder's end, where it has one: what a map put before it gets."""
+    last = encoder.pop(-1) if isinstance(encoder[-1], Normalize) else None
+    try:
+        yield
+    finally:
+        if last is not None:
+            encoder.append(last)
 
 
 def whitening_map(vectors: np.ndarray, power: float = 1.0, dim: int | None = None) -> LinearMap:

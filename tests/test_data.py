@@ -203,6 +203,8 @@ def test_read_pairs_sets_tasks_and_ids(caplog):
         ([ROW], {"columns": ("anchor", "positive", "n")}, r":1: no field 'n'"),
         ([{**ROW, "id": 1}, ROW], {}, r":2: some rows of the set have an id or a label, and some have none"),
         ([], {}, r"a\.jsonl holds no rows"),
+        ([{**ROW, "id": [1]}], {}, r":1: an id or a label is a name or a number; found \[1\]"),
+        ([{"text": "a", "label": {}}], {}, r":1: an id or a label is a name or a number; found {}"),
         ([{"text": "a", "label": 1}, {"text": "b"}], {}, r":2: no field 'label'"),
         ([{"text": t, "label": t == "c"} for t in "abc"], {}, r":3: the label True has one example only"),
         ([{"text": t, "label": 1} for t in "ab"], {}, r":1: all rows have the label 1"),

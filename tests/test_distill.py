@@ -59,6 +59,16 @@ def test_the_map_starts_at_the_least_squares_solution(tiny_checkpoint, tmp_path)
     assert (encoder.encode(TEXTS, normalize_embeddings=True) * unit).sum(1).min() > 0.99
 
 
+def test_the_map_is_fitted_to_what_it_gets(tiny_checkpoint, tmp_path):
+    """The map goes before the encoder's normalisation, and was fitted to what comes after it."""
+    encoder = Encoder.from_pretrained(tiny_checkpoint, device="cpu", dtype="float32", normalize=True)
+    vectors = load(tiny_checkpoint).encode(TEXTS) @ np.random.default_rng(1).normal(size=(32, 16)) + 0.5
+    np.save(tmp_path / "vectors.npy", vectors.astype(np.float32))
+    Distill(vectors=str(tmp_path / "vectors.npy"), **FAST).prepare(encoder, TEXTS)
+    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    assert (encoder.encode(TEXTS) * unit).sum(1).min() > 0.99
+
+
 def test_resumed_run_ends_where_a_whole_one_does(tiny_checkpoint, tmp_path):
     """The appended map is part of the checkpoint: its start depends on the seed, its end on all steps."""
     np.save(tmp_path / "vectors.npy", bag_of_words(16))
@@ -109,15 +119,21 @@ def test_map_does_not_depend_on_who_wrote_the_vectors(tiny_checkpoint, tmp_path)
     assert np.array_equal(whole.encode(TEXTS[:9]), again.encode(TEXTS[:9]))
 
 
-def test_refused_run_leaves_no_map_behind(tiny_checkpoint, tmp_path):
-    """The encoder had a random map after a call that did nothing but raise."""
+@pytest.mark.parametrize("normalize", [False, True])
+def test_refused_run_leaves_no_map_behind(tiny_checkpoint, tmp_path, normalize):
+    """The encoder had a random map after a call that did nothing but raise, or lost its normalisation."""
+
+    def load(path):
+        return Encoder.from_pretrained(path, device="cpu", dtype="float32", normalize=normalize)
+
     np.save(tmp_path / "vectors.npy", bag_of_words(16))
     stage = {"vectors": str(tmp_path / "vectors.npy"), "max_steps": 1, **FAST}
     train(load(tiny_checkpoint), Distill(**stage), TEXTS, tmp_path / "run", progress=False)
     encoder = load(tiny_checkpoint)
+    modules = list(encoder)
     with pytest.raises(ValueError, match="differs in seed"):
         train(encoder, Distill(seed=1, **stage), TEXTS, tmp_path / "run", progress=False)
-    assert len(encoder) == 2 and encoder.get_embedding_dimension() == 32
+    assert list(encoder) == modules and encoder.get_embedding_dimension() == 32
     with pytest.raises(DataError, match="the data hold 9 rows, fewer than a batch of 16"):
         Distill(**stage).prepare(encoder, TEXTS[:9])
 
@@ -157,6 +173,14 @@ def test_wrong_vectors_are_refused(tiny_checkpoint, tmp_path):
         Distill()
     stage = Distill(vectors=str(file))
     with pytest.raises(FileNotFoundError, match="no such file of vectors: .*vectors.npy"):
+        stage.prepare(encoder, TEXTS)
+    file.write_text("no array")
+    with pytest.raises(ValueError, match=r"vectors.npy: not a .npy file of vectors"):
+        stage.prepare(encoder, TEXTS)
+    np.save(file, np.arange(120.0))
+    with pytest.raises(
+        ValueError, match=r"vectors.npy: expected a row of floats a text, got float64 \(120,\)"
+    ):
         stage.prepare(encoder, TEXTS)
     np.save(file, bag_of_words(16)[:7])
     with pytest.raises(ValueError, match="vectors of 7 other texts, not of these 120"):

@@ -1,5 +1,6 @@
 """InfoNCELoss against sentence-transformers' losses, and masked_next_token_loss against its definition."""
 
+import math
 import os
 import subprocess
 import sys
@@ -164,6 +165,26 @@ def test_native_matryoshka_equals_matryoshka_loss(size, symmetric):
     native = InfoNCELoss(model, matryoshka_dims=dims, matryoshka_weights=weights, symmetric=symmetric, **size)
     wrapped = MatryoshkaLoss(model, InfoNCELoss(model, symmetric=symmetric, **size), dims, weights)
     assert_same(loss_and_gradients(model, native, 3), loss_and_gradients(model, wrapped, 3))
+
+
+def test_one_process_takes_matryoshka_in_one_pass(monkeypatch):
+    """Stages ask for all ranks' vectors, and alone they paid for every prefix apart."""
+    model, passes = tiny_model(), []
+    monkeypatch.setattr(losses, "info_nce_prefixes", lambda *a, **k: passes.append(a) or torch.zeros(()))
+    InfoNCELoss(model, matryoshka_dims=[DIM, 4], gather_across_devices=True)(batch(), None)
+    assert len(passes) == 1
+
+
+def test_margin_by_hand():
+    """Cosines .6 with the positive, .75 and .66 with the others: .1 above drops the .75 alone."""
+    anchor = torch.tensor([[1.0, 0.0]])
+    query, keys = anchor.repeat(3, 1), [0.6, 0.75, 0.66]
+    key = torch.tensor([[c, (1 - c * c) ** 0.5] for c in keys])
+    loss = InfoNCELoss(tiny_model(), temperature=0.1, margin=0.1)
+    per_row = [(0, (0, 2)), (1, (0, 1, 2)), (2, (0, 1, 2))]
+    expected = [-keys[i] / 0.1 + math.log(sum(math.exp(keys[j] / 0.1) for j in kept)) for i, kept in per_row]
+    found = loss.compute_loss_from_embeddings([query, key], None)
+    assert found.item() == pytest.approx(sum(expected) / 3, abs=1e-5)
 
 
 def test_own_hard_negatives_without_in_batch():

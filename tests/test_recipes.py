@@ -332,6 +332,7 @@ def test_texts_of_several_sources_are_one_after_another(tmp_path):
 def test_plan_counts_tokens_and_leaves_no_trace(checkpoint, tmp_path):
     recipe = load_recipe(write(tmp_path / "r.toml"), "plain")
     data = {"mntp": TEXTS, "contrastive": ROWS}
+    vars(recipe.steps[2].settings).update(mini_batch_size=8, mini_batch_num_tokens=64)
     plan = plan_recipe(recipe, tmp_path / "out", model=checkpoint, data=data, dtype="float32", device="cpu")
     prune, mntp, contrastive = plan["stages"]
     assert prune == {"kind": "prune", "layers": 3}
@@ -341,6 +342,8 @@ def test_plan_counts_tokens_and_leaves_no_trace(checkpoint, tmp_path):
     for row in (mntp, contrastive):
         assert row["hours"] == pytest.approx(row["tokens"] / row["tokens_per_second"] / 3600, abs=1e-3)
         assert row["memory_gib"] >= 0
+    left = {path.name for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert left <= {"choice.json"}, left
     lines = plan_table(plan).splitlines()
     assert "threads" in lines[0] and lines[2].split()[:4] == ["stage", "layers", "steps", "tokens"]
     assert [line.split()[0] for line in lines[3:6]] == ["prune", "mntp", "contrastive"]

@@ -11,7 +11,7 @@ import logging
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -131,20 +131,24 @@ def class_triplets(
     if len(members) < 2:
         raise DataError(f"{places[0]}: all rows have the label {labels[0]!r}: negatives need another class")
     rng = np.random.default_rng(seed)
-    own = {label: {texts[index] for index in rows} for label, rows in members.items()}
+    # the different texts of every class, and where each stands among them
+    own = {
+        label: {text: place for place, text in enumerate(dict.fromkeys(texts[index] for index in rows))}
+        for label, rows in members.items()
+    }
+    listed = {label: list(found) for label, found in own.items()}
     outside: dict[Any, list[str]] = {}
     pairs = []
     for text, label, place in zip(texts, labels, places, strict=True):
-        others = [texts[i] for i in members[label] if texts[i] != text]
-        if not others:
+        if len(own[label]) < 2:
             raise DataError(f"{place}: the label {label!r} has one example only, so it has no positive")
         wrong: list[str] = []
         for _ in range(100 * negatives):
             if len(wrong) == negatives:
                 break
-            drawn = texts[int(rng.integers(len(texts)))]
-            if drawn not in own[label] and drawn not in wrong:
-                wrong.append(drawn)
+            other = texts[int(rng.integers(len(texts)))]
+            if other not in own[label] and other not in wrong:
+                wrong.append(other)
         if len(wrong) < negatives:  # one class has nearly all rows: draw among the others themselves
             if label not in outside:
                 outside[label] = list(dict.fromkeys(other for other in texts if other not in own[label]))
@@ -152,7 +156,9 @@ def class_triplets(
                 raise DataError(f"{place}: fewer than {negatives} examples of other classes than {label!r}")
             picked = rng.choice(len(outside[label]), negatives, replace=False)
             wrong = [outside[label][index] for index in picked]
-        pairs.append(Pair(place, text, others[int(rng.integers(len(others)))], wrong, id=label))
+        drawn = int(rng.integers(len(own[label]) - 1))
+        positive = listed[label][drawn + (drawn >= own[label][text])]
+        pairs.append(Pair(place, text, positive, wrong, id=label))
     return pairs
 
 
@@ -265,6 +271,7 @@ def _pairs(
                 pair.negatives.append(text)
         pair.task, pair.instruction = _optional(row, "task", place), _optional(row, "instruction", place)
         pair.id = row.get("id", None if relation == LABEL else row.get(LABEL))
+        _check_name(pair.id, place)
         unused |= row.keys() - {*names, *fields, relation, "task", "instruction", "id"}
         if "id" not in row:
             unused.discard(LABEL)
@@ -278,6 +285,7 @@ def _classes(rows: Sequence[tuple[str, Mapping[str, Any]]], options: PairOptions
         _text(row, TEXT, place)
         if row.get(LABEL) is None:
             raise DataError(f"{place}: no field {LABEL!r}; there is {', '.join(map(repr, row))}")
+        _check_name(row[LABEL], place)
     if options.min_score is not None:
         raise DataError(f"{rows[0][0]}: no field 'score'; there is {', '.join(map(repr, rows[0][1]))}")
     _say_unused(rows, {name for _, row in rows for name in row} - {TEXT, LABEL, "task", "instruction"})
@@ -334,6 +342,11 @@ def _negative_fields(row: Mapping[str, Any], options: PairOptions) -> list[str]:
         return list(options.columns[2:])
     numbers = {name: match[1] for name in row if (match := NEGATIVE.fullmatch(name))}
     return sorted(numbers, key=lambda name: int(numbers[name] or 0))
+
+
+def _check_name(value: Any, place: str) -> None:
+    if not isinstance(value, Hashable):
+        raise DataError(f"{place}: an id or a label is a name or a number; found {value!r}")
 
 
 def _text(row: Mapping[str, Any], name: str, place: str) -> str:

@@ -110,8 +110,10 @@ def settings_of(step: Step, teacher: Path | None, folder: Path, resume: bool = T
         return stage
     folder.mkdir(parents=True, exist_ok=True)
     file, own = folder / VECTORS, stage.teacher == SELF
-    if not resume or not (own or teacher_of(file) == stage.teacher):
-        file.unlink(missing_ok=True)
+    with together():
+        kept = resume and (own or teacher_of(file) == stage.teacher)
+        if PartialState().is_main_process and not kept:
+            file.unlink(missing_ok=True)
     return replace(stage, teacher=str(teacher) if own else stage.teacher, vectors=str(file))
 
 

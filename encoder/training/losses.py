@@ -139,7 +139,7 @@ class InfoNCELoss(CachedLossMixin, nn.Module):
             raise ValueError(f"expected matryoshka_dims from 1 to {query.shape[1]}, got {dims}")
         plain = hard is None and not self.symmetric and self.margin is None and self.normalize
         plain &= self.in_batch_negatives
-        if plain and not self.gather_across_devices and key.device.type == "cpu" and torch.is_grad_enabled():
+        if plain and not self._gathers and key.device.type == "cpu" and torch.is_grad_enabled():
             return info_nce_prefixes(query, key, dims, weights=weights, temperature=self.temperature, ids=ids)
         terms = [
             weight * self._info_nce(query[:, :d], key[:, :d], None if hard is None else hard[..., :d], ids)
@@ -147,9 +147,13 @@ class InfoNCELoss(CachedLossMixin, nn.Module):
         ]
         return torch.stack(terms).sum()
 
+    @property
+    def _gathers(self) -> bool:
+        return self.gather_across_devices and dist.is_initialized()
+
     def _info_nce(self, query: Tensor, key: Tensor, hard: Tensor | None, ids: Tensor | None) -> Tensor:
         options: dict[str, Any] = {}
-        if self.gather_across_devices and dist.is_initialized():
+        if self._gathers:
             options = {"group": dist.group.WORLD, "exchange": self.exchange}
         loss = info_nce(
             query,

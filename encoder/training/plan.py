@@ -22,7 +22,7 @@ from uncausal.encoder.model import Encoder
 from uncausal.encoder.pruning import Pruning
 from uncausal.encoder.training.follow import choose, set_pooling
 from uncausal.encoder.training.recipes import Recipe, Step
-from uncausal.encoder.training.run import train
+from uncausal.encoder.training.run import restore_modules, train
 from uncausal.encoder.training.stages.base import Stage
 from uncausal.encoder.training.stages.contrastive import Contrastive
 from uncausal.encoder.training.stages.distill import Distill
@@ -89,14 +89,16 @@ def measure(encoder: Encoder, step: Step, folder: Path, data_dir: Any) -> dict[s
     cached = None if stage.mini_batch_size is None or small == batch else small
     batch -= batch % (cached or 1)
     changes: dict[str, Any] = {"max_steps": 2, "batch_size": batch, "mini_batch_size": cached}
+    if cached is None and hasattr(stage, "mini_batch_num_tokens"):
+        changes["mini_batch_num_tokens"] = None
     changes |= {"logging_steps": 1, "schedule_steps": None, "warmup_steps": 0, "report_to": "none"}
     if isinstance(stage, Distill):  # the vectors of a teacher cost what they cost only once
         changes |= {"teacher": None, "vectors": str(_random_vectors(encoder, data, folder))}
     before = copy.deepcopy(encoder.state_dict())
-    modules = len(encoder)
+    modules = dict(encoder._modules)
     with memory(encoder.device) as peak:
         result = train(encoder, replace(stage, **changes), data, folder, resume=False, progress=False)
-    del encoder[modules:]
+    restore_modules(encoder, modules)
     encoder.load_state_dict(before)
     rate = [line["tokens_per_second"] for line in result.history if "tokens_per_second" in line][-1]
     resting = sum(p.numel() * p.element_size() for p in encoder.parameters())

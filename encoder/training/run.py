@@ -152,13 +152,19 @@ def _train(
 
 @contextmanager
 def _modules_as_before(encoder: SentenceTransformer) -> Iterator[None]:
-    """If the block fails, take out the modules that a stage appended."""
-    count = len(encoder)
+    """If the block fails, take out the module that a stage put in."""
+    modules = dict(encoder._modules)
     try:
         yield
     except BaseException:
-        del encoder[count:]
+        restore_modules(encoder, modules)
         raise
+
+
+def restore_modules(encoder: SentenceTransformer, modules: dict[str, nn.Module | None]) -> None:
+    """Give an encoder the modules, by their names, that it had before."""
+    encoder._modules.clear()
+    encoder._modules.update(modules)
 
 
 @contextmanager

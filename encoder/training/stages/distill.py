@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from accelerate import PartialState
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.losses.gradcache import CachedLossMixin
@@ -20,8 +21,9 @@ from torch import Tensor, nn
 from uncausal.encoder.data.texts import read_texts
 from uncausal.encoder.files import staged_file
 from uncausal.encoder.loading import local_path
+from uncausal.encoder.training.ranks import together
 from uncausal.encoder.training.stages.base import PairStage
-from uncausal.encoder.whitening import LinearMap, append_linear
+from uncausal.encoder.whitening import LinearMap, append_linear, unnormalized
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +76,7 @@ class Distill(PairStage):
     def _fitted_map(self, encoder: SentenceTransformer, texts: list[str], targets: np.ndarray) -> LinearMap:
         """The linear map from the untrained student's vectors to the targets, by ridge regression."""
         chosen = np.random.default_rng(self.seed).permutation(len(texts))[:FITTED]
-        with self.conditions(encoder):
+        with self.conditions(encoder), unnormalized(encoder):
             encoder.eval()
             vectors = encoder.encode([texts[i] for i in chosen], convert_to_numpy=True)
         scale = vectors.std(axis=0).mean()
@@ -86,32 +88,45 @@ class Distill(PairStage):
 
     def targets(self, texts: list[str], device: str) -> np.ndarray:
         """The teacher's unit vectors (n, D) float32, from the file where it holds those of these texts."""
-        file = None if self.vectors is None else Path(self.vectors)
-        digest = text_digest(texts)
-        if file is not None and file.exists():
-            vectors = np.load(file)
-            note = _note(file)
-            written_for = json.loads(note.read_text())["texts"] if note.exists() else digest
-            if len(vectors) != len(texts) or written_for != digest:
-                raise ValueError(
-                    f"{file}: holds the vectors of {len(vectors)} other texts, not of these {len(texts)}; "
-                    "name another file or remove it"
-                )
-        elif self.teacher is None:
-            raise FileNotFoundError(f"no such file of vectors: {file}; name a teacher and it is written")
-        else:
-            teacher = SentenceTransformer(str(local_path(self.teacher)), device=device)
-            options: dict[str, Any] = {"prompt": self.teacher_prompt, "convert_to_numpy": True}
-            vectors = teacher.encode(texts, show_progress_bar=True, **options).astype(np.float32)
-            if file is not None:
-                with staged_file(file) as out:
-                    np.save(out, vectors)
-                _note(file).write_text(json.dumps({"teacher": self.teacher, "texts": digest}))
+        vectors = self._taught(texts, device) if self.vectors is None else self._kept(texts, device)
         norms = np.linalg.norm(vectors.astype(np.float32), axis=1, keepdims=True)
         if not np.isfinite(norms).all() or (norms == 0).any():
             bad = int(np.flatnonzero(~(norms[:, 0] > 0) | ~np.isfinite(norms[:, 0]))[0])
             raise ValueError(f"the teacher's vector of text {bad} is zero or not finite: {texts[bad][:60]!r}")
         return vectors.astype(np.float32) / norms
+
+    def _kept(self, texts: list[str], device: str) -> np.ndarray:
+        """What the file of vectors holds; the first process writes it where there is none."""
+        file, digest = Path(str(self.vectors)), text_digest(texts)
+        with together():
+            if PartialState().is_main_process and not file.exists():
+                if self.teacher is None:
+                    raise FileNotFoundError(f"no such file of vectors: {file}; name a teacher to write it")
+                vectors = self._taught(texts, device)
+                with staged_file(file) as out:
+                    np.save(out, vectors)
+                _note(file).write_text(json.dumps({"teacher": self.teacher, "texts": digest}))
+        try:
+            vectors = np.load(file)
+        except (ValueError, EOFError) as error:
+            raise ValueError(f"{file}: not a .npy file of vectors ({error})") from None
+        if vectors.ndim != 2 or vectors.dtype.kind != "f":
+            raise ValueError(f"{file}: expected a row of floats a text, got {vectors.dtype} {vectors.shape}")
+        note = _note(file)
+        written_for = json.loads(note.read_text())["texts"] if note.exists() else digest
+        if len(vectors) != len(texts) or written_for != digest:
+            raise ValueError(
+                f"{file}: holds the vectors of {len(vectors)} other texts, not of these {len(texts)}; "
+                "name another file or remove it"
+            )
+        return vectors
+
+    def _taught(self, texts: list[str], device: str) -> np.ndarray:
+        """The teacher's vectors as it gives them, float32."""
+        assert self.teacher is not None
+        teacher = SentenceTransformer(str(local_path(self.teacher)), device=device)
+        options: dict[str, Any] = {"prompt": self.teacher_prompt, "convert_to_numpy": True}
+        return teacher.encode(texts, show_progress_bar=True, **options).astype(np.float32)
 
     def make_loss(self, encoder: SentenceTransformer, dataset: Any = None) -> nn.Module:
         return UnitDistance(encoder, self.mini_batch_size)
