@@ -1,4 +1,4 @@
-.PHONY: setup demo encoder test check fuzz sanitize bench bench-gpu
+.PHONY: setup demo encoder test check fuzz kill sanitize bench bench-gpu
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -38,6 +38,10 @@ check: setup
 # 100,000 hostile inputs over the eight tests that draw them
 fuzz: setup
 	FUZZ=12500 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_hostile.py -n 2
+
+# training of five kinds, killed at twenty moments each
+kill: setup
+	KILLS=20 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_killed.py -n 2
 
 sanitize: setup
 	$(BIN)/python -m ttsem.sanitize pytest tests -m sanitize
