@@ -58,8 +58,13 @@ def iter_encode(
 
     Raises:
         ValueError: naming the text that is empty or not Unicode, before anything is encoded; or
-            `batch_tokens` is not positive.
+            `batch_tokens` is not positive, or the encoder is not packed: its texts would see one another.
     """
+    if not getattr(encoder, "packed", False):
+        raise ValueError(
+            "batches without padding need the packed attention: load the model with attention='uncausal', "
+            "or take its encode()"
+        )
     check_not_empty(texts)
     check_unicode(texts)
     if batch_tokens is not None and batch_tokens < 1:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftConfig
+from safetensors import SafetensorError
 from transformers import AutoModel, AutoTokenizer, GgufConfig
 from transformers.utils import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
@@ -89,6 +90,8 @@ def asset(package: str, name: str) -> Path:
     Raises:
         FileNotFoundError: no such package, or no such file in it.
     """
+    if not package.isidentifier() or ".." in Path(name).parts:  # a dotted name would import its parent
+        raise FileNotFoundError(f"package:{package}/{name}: needs a package's name and a file inside it")
     spec = importlib.util.find_spec(package)
     for folder in spec.submodule_search_locations or () if spec else ():
         if (path := Path(folder) / name).exists():
@@ -112,6 +115,8 @@ def located(source: str | Path, gguf_file: str | None, **hub: Any) -> Iterator[s
     if gguf_file is None:
         try:
             yield str(source)
+        except SafetensorError as error:
+            raise ValueError(f"{source}: its weights are damaged or cut short ({error})") from error
         except OSError as error:
             reason = str(error).splitlines()[0]
             if "safetensors" in reason:

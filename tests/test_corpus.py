@@ -123,6 +123,22 @@ def test_other_settings_are_refused(encoder, whole, tmp_path):
         encode_corpus(encoder, ROWS, tmp_path, CorpusSettings(dimension=999))
 
 
+def test_padded_encoder_is_refused(tiny_checkpoint, tmp_path):
+    """Texts of one batch saw one another where the attention does not know where each begins."""
+    padded = Encoder.from_pretrained(tiny_checkpoint, device="cpu", dtype="float32", attention="sdpa")
+    with pytest.raises(ValueError, match="need the packed attention"):
+        encode_corpus(padded, ROWS, tmp_path, SETTINGS)
+
+
+def test_unfinished_corpus_is_not_read(encoder, whole, tmp_path):
+    """A run killed between two shards left no gap, and was read as the whole."""
+    for name in sorted(whole)[:6]:
+        (tmp_path / name).write_bytes(whole[name])
+    (tmp_path / "input.json").unlink(missing_ok=True)
+    with pytest.raises(ValueError, match="holds no corpus that is finished"):
+        read_corpus(tmp_path)
+
+
 def test_another_model_is_refused(tiny_checkpoint, whole, tmp_path):
     """Regression: a causal, a framed or a cutting encoder took the shards of the plain one for its own."""
     (tmp_path / "manifest.json").write_bytes(whole["manifest.json"])
@@ -130,7 +146,7 @@ def test_another_model_is_refused(tiny_checkpoint, whole, tmp_path):
         other = Encoder.from_pretrained(tiny_checkpoint, device="cpu", dtype="float32", **change)
         with pytest.raises(ValueError, match="differs in model"):
             encode_corpus(other, ROWS, tmp_path, SETTINGS)
-    with pytest.raises(ValueError, match="holds no corpus"):
+    with pytest.raises(ValueError, match="holds no corpus that is finished"):
         read_corpus(tmp_path)
 
 

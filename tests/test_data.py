@@ -69,6 +69,8 @@ def test_read_texts_stdin(monkeypatch, body, expected):
         ("a.jsonl", b'{"text": "1"}\n{"text": "caf\xe9"}\n', r"a\.jsonl:2: not UTF-8: byte 0xe9 at byte 14"),
         ("a.txt", b"one\ntwo\nthr\xff\n", r"a\.txt:3: not UTF-8: byte 0xff at byte 4"),
         ("a.csv", b"id,text\n1,one\n2,two,three\n", r"a\.csv:3: 3 fields, but the header has 2"),
+        ("a.jsonl", b"[" * 100_000, r"a\.jsonl:1: JSON nested too deep"),
+        ("a.jsonl", b'{"text": ' + b"9" * 5000 + b"}", r"a\.jsonl:1: Exceeds the limit \(4300 digits\)"),
         ("a.csv", b'id,text\n1,"one\n', r"a\.csv:2: malformed CSV"),
         ("a.txt.gz", gzip.compress(b"one\n" * 9999, mtime=0)[:-30], r"a\.txt\.gz:\d+: damaged gzip"),
         ("a.txt.gz", b"plain text", r"a\.txt\.gz:1: damaged gzip"),

@@ -240,6 +240,15 @@ def test_pickled_weights_are_refused(tiny_llama, tmp_path):
     np.testing.assert_allclose(encoder.encode(TEXTS), merged(tiny_llama), atol=1e-5)
 
 
+@pytest.mark.parametrize("size", [5, 300, -9])
+def test_damaged_weights_are_told_by_name(tiny_llama, tmp_path, size):
+    for file in tiny_llama.iterdir():
+        whole = file.read_bytes()
+        (tmp_path / file.name).write_bytes(whole[:size] if file.suffix == ".safetensors" else whole)
+    with pytest.raises(ValueError, match=f"{tmp_path}: its weights are damaged or cut short"):
+        Encoder.from_pretrained(tmp_path, **CPU)
+
+
 def test_tokenizer_without_pad_token(tiny_llama, tmp_path):
     """Regression: a saved encoder of a Llama could not batch in plain sentence-transformers."""
     assert AutoTokenizer.from_pretrained(tiny_llama).pad_token is None

@@ -388,3 +388,6 @@ def test_model_inside_an_installed_package_is_found():
     )
     with pytest.raises(FileNotFoundError, match=r"no file x\.gguf of an installed package pytest"):
         Encoder.from_pretrained("package:pytest/x.gguf")
+    for outside in ("package:pytest/../pytest/py.typed", "package:xml.sax/a", "package:/etc/passwd"):
+        with pytest.raises(FileNotFoundError, match="needs a package's name and a file inside it"):
+            local_path(outside)

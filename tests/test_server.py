@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("fastapi", reason="the server needs `pip install uncausal[serve]`")
 import uvicorn
 
-from uncausal.encoder.serving.batcher import Batcher, QueueFullError
+from uncausal.encoder.serving.batcher import Batcher, ClosedError, QueueFullError
 from uncausal.encoder.serving.server import make_app
 from uncausal.encoder.serving.service import Limits
 
@@ -191,6 +191,31 @@ def test_concurrent_clients_get_the_bits_of_encode(server, encoder):
     assert all(found[i][0] == 200 and np.array_equal(found[i][1], expected[i]) for i in range(48))
 
 
+def test_what_has_no_room_is_refused_before_it_is_tokenised(encoder):
+    """And a model that is no Matryoshka model is not cut, and a model that has stopped is not healthy."""
+    with Server(lambda: encoder, max_waiting=2) as server:
+        server.ready()
+        service = server.app.state.service
+        tokenize, service.tokenize = service.tokenize, None
+        status, headers, answer = server.call("POST", "/embed", {"inputs": TEXTS})
+        assert (status, headers["Retry-After"]) == (429, "1") and "full" in answer["error"]["message"]
+        service.tokenize = tokenize
+        assert server.call("POST", "/embed", {"inputs": TEXTS[:2]})[0] == 200 and service.untokenized == 0
+        status, _, answer = server.call("POST", "/v1/embeddings", {"input": "two apples", "dimensions": 8})
+        assert (status, "no Matryoshka model" in answer["error"]["message"]) == (400, True)
+        service.batcher.close()
+        for method, path, body in (("GET", "/health", None), ("POST", "/embed", {"inputs": "music"})):
+            assert server.call(method, path, body)[0] == 503
+
+
+def test_failures_nobody_foresaw_are_counted(encoder):
+    with Server(lambda: encoder) as server:
+        server.ready().app.state.service.embed = None
+        assert server.call("POST", "/embed", {"inputs": "music"})[0] == 500
+        found = server.call("GET", "/metrics")[2]
+        assert 'uncausal_requests_total{route="/embed",status="500"} 1.0' in found
+
+
 def test_key_is_asked_for(encoder):
     with Server(lambda: encoder, api_key="secret") as server:
         server.ready()
@@ -268,7 +293,7 @@ def test_full_queue_takes_all_of_a_request_or_none():
     assert batcher.waiting == 1 and refusal.value.retry_after >= 1
     model.go.set()
     batcher.close()
-    with pytest.raises(RuntimeError, match="stopping"):
+    with pytest.raises(ClosedError, match="stopping"):
         batcher.submit([[5]])
 
 

@@ -99,6 +99,10 @@ def _json_object(line: str, where: str) -> dict[str, Any]:
         row = json.loads(line.rstrip())
     except json.JSONDecodeError as error:
         raise DataError(f"{where}: malformed JSON at column {error.colno}: {error.msg}") from None
+    except RecursionError:
+        raise DataError(f"{where}: JSON nested too deep") from None
+    except ValueError as error:  # an integer of more digits than Python converts
+        raise DataError(f"{where}: {error}") from None
     if not isinstance(row, dict):
         raise DataError(f"{where}: expected a JSON object, found {type(row).__name__}")
     return row

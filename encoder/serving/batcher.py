@@ -22,6 +22,10 @@ from sentence_transformers.util import batch_to_device
 logger = logging.getLogger(__name__)
 
 
+class ClosedError(RuntimeError):
+    """The server is stopping."""
+
+
 class QueueFullError(RuntimeError):
     """There is no room in the queue; come back in `retry_after` seconds."""
 
@@ -91,20 +95,24 @@ class Batcher:
 
         Raises:
             QueueFullError: no room for all of them.
-            RuntimeError: the batcher is closed.
+            ClosedError: the batcher is closed.
         """
         now = time.monotonic()
         with self.changed:
             if self.closing:
-                raise RuntimeError("the server is stopping")
+                raise ClosedError("the server is stopping")
             if len(self.jobs) + len(texts) > self.max_waiting:
-                tokens = sum(len(job.ids) for job in self.jobs)
-                raise QueueFullError(max(1, round(tokens / max(self.tokens_per_second, 1.0))))
+                raise QueueFullError(self.seconds_left())
             lengths = prompt_lengths or [0] * len(texts)
             jobs = [Job(ids, length, Future(), now) for ids, length in zip(texts, lengths, strict=True)]
             self.jobs.extend(jobs)
             self.changed.notify()
         return [job.future for job in jobs]
+
+    def seconds_left(self) -> int:
+        """How long the queue will take, at the last batch's pace; 1 before there was one."""
+        tokens = sum(len(job.ids) for job in [*self.jobs])
+        return max(1, round(tokens / self.tokens_per_second)) if self.tokens_per_second else 1
 
     def close(self) -> None:
         """Answer what was accepted, then stop the thread."""
@@ -146,17 +154,20 @@ class Batcher:
         try:
             vectors = self._vectors(jobs)
         except Exception as error:  # whatever the model raises belongs to the request, not to the thread
-            if len(jobs) == 1:
-                jobs[0].future.set_exception(error)
-                return
-            logger.warning("a batch of %d texts failed (%s): trying its halves", len(jobs), error)
-            if isinstance(error, torch.OutOfMemoryError):
-                torch.cuda.empty_cache()
-            self._answer(jobs[: len(jobs) // 2])
-            self._answer(jobs[len(jobs) // 2 :])
+            # Its traceback holds what the batch had allocated.
+            failure, memory = error.with_traceback(None), isinstance(error, torch.OutOfMemoryError)
+        else:
+            for job, vector in zip(jobs, vectors, strict=True):
+                job.future.set_result(vector)
             return
-        for job, vector in zip(jobs, vectors, strict=True):
-            job.future.set_result(vector)
+        if len(jobs) == 1:
+            jobs[0].future.set_exception(failure)
+            return
+        logger.warning("a batch of %d texts failed (%s): trying its halves", len(jobs), failure)
+        if memory:
+            torch.cuda.empty_cache()
+        self._answer(jobs[: len(jobs) // 2])
+        self._answer(jobs[len(jobs) // 2 :])
 
     @torch.inference_mode()
     def _vectors(self, jobs: list[Job]) -> np.ndarray:

@@ -6,6 +6,7 @@ do not depend on who encodes it or when: a rerun, and other processes (`shard=(i
 manifest.json              settings, model digest and versions, the same for every process
 part-00000.parquet         columns id and embedding, written whole or not at all
 part-00000.json            rows, tokens, digest of the ids and texts it was made from, digest of the file
+input.json                 shards and rows of the input, written by whoever has come to its end
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from uncausal.encoder.files import staged_file
 from uncausal.encoder.inputs import tokenizer_state
 
 logger = logging.getLogger(__name__)
+INPUT = "input.json"
 
 
 @dataclass(kw_only=True)
@@ -132,7 +134,7 @@ def encode_corpus(
     if settings.dimension is not None and settings.dimension > width:
         raise ValueError(f"dimension {settings.dimension} is more than the model has: {width}")
     _open(output, {"model": model_digest(encoder), "uncausal": uncausal.__version__, **asdict(settings)})
-    encoded = found = tokens = number = 0
+    encoded = found = tokens = number = total = 0
     start = time.perf_counter()
     stream = iter(rows)
     with tqdm(desc="Encoding", unit="text", disable=not show_progress_bar) as bar:
@@ -145,10 +147,12 @@ def encode_corpus(
                     encoded += len(batch)
                     bar.set_postfix({"tokens/s": f"{tokens / (time.perf_counter() - start):,.0f}"})
                 bar.update(len(batch))
-            number += 1
-    for stale in sorted(output.glob("part-*.parquet")):
+            number, total = number + 1, total + len(batch)
+    for stale in output.glob("part-*.parquet"):
         if int(stale.stem.removeprefix("part-")) >= number:
             raise ValueError(f"{stale}: is beyond the end of the input, which has {number} shards: remove it")
+    with staged_file(output / INPUT) as out:
+        out.write(json.dumps({"shards": number, "rows": total}).encode())
     return CorpusResult(encoded, found, tokens, time.perf_counter() - start, number)
 
 
@@ -156,19 +160,21 @@ def read_corpus(folder: str | Path) -> pa.Table:
     """Return the ids and vectors of a finished corpus, in the order of its rows.
 
     Raises:
-        ValueError: a shard is missing or does not hold what was written.
+        ValueError: no run has come to the end of the input, or a shard is missing or does not hold what was
+            written.
     """
     folder = Path(folder)
+    if not (folder / INPUT).exists():
+        raise ValueError(f"{folder}: holds no corpus that is finished; run the same again")
     tables = []
-    for number, file in enumerate(sorted(folder.glob("part-*.parquet"))):
-        if file != _shard(folder, number):
-            raise ValueError(f"{_shard(folder, number)}: is missing; run the same again")
+    for number in range(json.loads((folder / INPUT).read_text())["shards"]):
+        file = _shard(folder, number)
+        if not file.exists():
+            raise ValueError(f"{file}: is missing; run the same again")
         note = _note(file)
         if not note.exists() or json.loads(note.read_text())["file"] != _digest_of(file.read_bytes()):
             raise ValueError(f"{file}: does not hold what was written; run the same again")
         tables.append(pq.read_table(file))
-    if not tables:
-        raise ValueError(f"{folder}: holds no corpus")
     return pa.concat_tables(tables)
 
 

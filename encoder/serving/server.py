@@ -106,6 +106,7 @@ def make_app(load: Callable[[], Any], name: str, limits: Limits | None = None) -
     async def guard(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
         """Key, size and pace of a request before its route, its count and time behind it."""
         start, route = time.perf_counter(), request.url.path
+        status = 500
         try:
             if limits.api_key is not None and route not in ("/health", "/metrics"):
                 given = request.headers.get("authorization", "").removeprefix("Bearer ")
@@ -114,11 +115,14 @@ def make_app(load: Callable[[], Any], name: str, limits: Limits | None = None) -
             if request.method == "POST":
                 await _read_body(request, limits)
             response = await call_next(request)
+            status = response.status_code
         except Refused as refusal:
             response = _refusal(refusal)
-        known = route if any(getattr(r, "path", None) == route for r in app.routes) else "other"
-        service.requests.labels(known, response.status_code).inc()
-        service.seconds.labels(known).observe(time.perf_counter() - start)
+            status = refusal.status
+        finally:
+            known = route if any(getattr(r, "path", None) == route for r in app.routes) else "other"
+            service.requests.labels(known, status).inc()
+            service.seconds.labels(known).observe(time.perf_counter() - start)
         return response
 
     @app.exception_handler(Refused)

@@ -18,7 +18,7 @@ import numpy as np
 from fastapi import Request
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from uncausal.encoder.serving.batcher import Batch, Batcher, QueueFullError
+from uncausal.encoder.serving.batcher import Batch, Batcher, ClosedError, QueueFullError
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +79,7 @@ class Service:
         self.batcher: Batcher | None = None
         self.failure: Exception | None = None
         self.tokenizing = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")  # tokenizers share state
+        self.untokenized = 0  # texts that wait for it
         self.registry = registry = CollectorRegistry()
         self.requests = Counter(
             "uncausal_requests", "Requests by route and status", ["route", "status"], registry=registry
@@ -137,6 +138,8 @@ class Service:
             raise Refused(503, f"the model could not be loaded: {self.failure}")
         if self.batcher is None:
             raise Refused(503, "the model is being loaded", retry_after=1)
+        if not self.batcher.thread.is_alive():
+            raise Refused(503, "the model's thread has ended: restart the server")
         return self.batcher
 
     async def embed(
@@ -152,14 +155,22 @@ class Service:
         start = time.perf_counter()
         loop = asyncio.get_running_loop()
         cut = self.limits.auto_truncate if truncate is None else truncate
-        ids, prompts, truncated = await loop.run_in_executor(
-            self.tokenizing, self.tokenize, texts, prompt, cut
-        )
-        self.tokenize_seconds.observe(time.perf_counter() - start)
         try:
+            if batcher.waiting + self.untokenized + len(texts) > self.limits.max_waiting:
+                raise QueueFullError(batcher.seconds_left())
+            self.untokenized += len(texts)
+            try:
+                ids, prompts, truncated = await loop.run_in_executor(
+                    self.tokenizing, self.tokenize, texts, prompt, cut
+                )
+            finally:
+                self.untokenized -= len(texts)
+            self.tokenize_seconds.observe(time.perf_counter() - start)
             futures = batcher.submit(ids, prompts)
         except QueueFullError as error:
             raise Refused(429, str(error), error.retry_after) from None
+        except ClosedError as error:
+            raise Refused(503, str(error)) from None
         answer = asyncio.gather(*map(asyncio.wrap_future, futures))
         gone = asyncio.ensure_future(_disconnected(request))
         try:
