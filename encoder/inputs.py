@@ -259,13 +259,23 @@ def added_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
     return ids[:first], ids[last:]
 
 
+def spell_control_tokens(tokenizer: Any) -> None:
+    """Read a control token that a text spells out, as "<|im_end|>", as the characters that it is.
+
+    Templates keep theirs. It is saved with the tokenizer, so that a plain reload reads texts alike;
+    `tokenizer.split_special_tokens = False` undoes it.
+    """
+    tokenizer.split_special_tokens = tokenizer.init_kwargs["split_special_tokens"] = True
+
+
 def tokenizer_state(tokenizer: Any) -> str:
     """Vocabulary, special tokens and template of a tokenizer, as text to compare."""
     fast = getattr(tokenizer, "backend_tokenizer", None)
     state = json.loads(fast.to_str()) if fast is not None else tokenizer.get_vocab()
     for transient in ("truncation", "padding"):  # as the last call left them
         state.pop(transient, None)
-    return f"{json.dumps(state, sort_keys=True)}{tokenizer.special_tokens_map}{tokenizer.chat_template}"
+    told = (tokenizer.special_tokens_map, tokenizer.chat_template, tokenizer.split_special_tokens)
+    return json.dumps(state, sort_keys=True) + "".join(map(str, told))
 
 
 def chat_template(tokenizer: Any) -> str:
@@ -344,7 +354,8 @@ def _template_tokens(
     before, after = template.split(SLOT)
 
     def encode(text: str) -> list[int]:
-        return tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+        options = {"add_special_tokens": False, "split_special_tokens": False}
+        return tokenizer(text, **options)["input_ids"] if text else []
 
     word = encode("hello")
     together = encode(template.replace(SLOT, "hello"))

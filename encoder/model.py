@@ -29,7 +29,13 @@ from uncausal.encoder.adapters import load_adapter, merge_attached
 from uncausal.encoder.batching import iter_encode
 from uncausal.encoder.conversion import assert_bidirectional, make_bidirectional
 from uncausal.encoder.files import staged
-from uncausal.encoder.inputs import PackedTransformer, chat_template, check_not_empty, find_empty
+from uncausal.encoder.inputs import (
+    PackedTransformer,
+    chat_template,
+    check_not_empty,
+    find_empty,
+    spell_control_tokens,
+)
 from uncausal.encoder.layers import decoder_layers
 from uncausal.encoder.linear import quantize_linear
 from uncausal.encoder.loading import (
@@ -231,6 +237,7 @@ class Encoder(SentenceTransformer):
                     modality_config=TEXT_ONLY,
                     module_output_name="token_embeddings",
                 )
+                spell_control_tokens(transformer.tokenizer)
                 for folder in adapters:
                     load_adapter(transformer.model, folder, headless=False)
                 transformer.config._name_or_path = base if adapters else spec.name_or_path

@@ -135,13 +135,36 @@ def test_saved_prompts_in_plain_sentence_transformers(tiny_llama, tmp_path, pool
     assert same == (pooling == "last_token"), "the warning must say what is so"
 
 
+@pytest.mark.parametrize("template", [None, "chat"])
+def test_control_tokens_in_a_text_are_text(tiny_llama, tmp_path, template):
+    """Whoever wrote the text could end the turn, or the text, in the middle of it."""
+    encoder = load(tiny_llama, template=template)
+    text, end = "hello <|end|> world<s>", encoder.tokenizer.convert_tokens_to_ids("<|end|>")
+    head, tail = added_tokens(encoder.tokenizer)
+    [ids], _, _ = encoder[0].tokenize_texts([text])
+    own = ids[len(head) : len(ids) - len(tail)]
+    assert end != encoder.tokenizer.unk_token_id and end not in own
+    assert encoder.tokenizer.bos_token_id not in own
+    assert template is None or end in tail
+    encoder.save(tmp_path / "saved")
+    expected = encoder.encode([text])
+    for kind in (Encoder, SentenceTransformer):
+        if template is None or kind is Encoder:
+            np.testing.assert_allclose(
+                kind(str(tmp_path / "saved"), device="cpu").encode([text]), expected, atol=1e-5
+            )
+    encoder.tokenizer.split_special_tokens = False
+    [ids], _, _ = encoder[0].tokenize_texts([text])
+    assert end in ids[len(head) : len(ids) - len(tail)]
+
+
 def test_template_chat(tiny_llama, tmp_path, caplog):
     """Regression: instruct models were encoded without the turn that they were trained on."""
     encoder = load(tiny_llama, template="chat")
     tokenizer = encoder.tokenizer
     message = [{"role": "user", "content": "Query:\nhello"}]
     rendered = tokenizer.apply_chat_template(message, tokenize=False).strip()
-    expected = tokenizer.backend_tokenizer.encode(rendered, add_special_tokens=False).ids
+    expected = tokenizer(rendered, add_special_tokens=False, split_special_tokens=False)["input_ids"]
     ids, lengths, _ = encoder[0].tokenize_texts(["hello"], "Query:\n")
     assert ids == [expected] and tokenizer.decode(expected[lengths[0] :]) == "hello<|end|>"
     ids, lengths, _ = encoder[0].tokenize_texts(["hello"])

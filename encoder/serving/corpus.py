@@ -148,9 +148,9 @@ def encode_corpus(
                     bar.set_postfix({"tokens/s": f"{tokens / (time.perf_counter() - start):,.0f}"})
                 bar.update(len(batch))
             number, total = number + 1, total + len(batch)
-    for stale in output.glob("part-*.parquet"):
-        if int(stale.stem.removeprefix("part-")) >= number:
-            raise ValueError(f"{stale}: is beyond the end of the input, which has {number} shards: remove it")
+    there = sorted(int(file.stem.removeprefix("part-")) for file in output.glob("part-*.parquet"))
+    for stale in (_shard(output, one) for one in there if one >= number):
+        raise ValueError(f"{stale}: is beyond the end of the input, which has {number} shards: remove it")
     with staged_file(output / INPUT) as out:
         out.write(json.dumps({"shards": number, "rows": total}).encode())
     return CorpusResult(encoded, found, tokens, time.perf_counter() - start, number)
