@@ -79,13 +79,19 @@ def _batch_from_position_ids(position_ids: Tensor) -> _Batch | None:
 
 
 def layout_of(features: Mapping[str, Any]) -> PackedLayout:
-    """The layout of a packed batch, from `cu_seq_lens_q` (B + 1,) and, without a synchronisation,
-    `input_ids` (1, T).
+    """The layout of a packed batch, from `cu_seq_lens_q` (B + 1,) and `input_ids` (1, T).
 
-    Given to the model as `layout`, it saves every layer the search for it.
+    Given to the model as `layout`, it saves every layer the search for it. `lengths`, B integers, are known
+    without reading anything off a device, which would wait for it; large tiles are chosen by them.
     """
-    total = features["input_ids"].shape[1]
-    return _batch_from_cu_seqlens(features["cu_seq_lens_q"], total, features).layout
+    cu_seqlens, total = features["cu_seq_lens_q"], features["input_ids"].shape[1]
+    lengths = features.get("lengths", ())
+    # GradCache hands every slice of a batch the lengths of the whole
+    if len(lengths) != len(cu_seqlens) - 1 or sum(lengths) != total:
+        return _batch_from_cu_seqlens(cu_seqlens, total, features).layout
+    if cu_seqlens.device.type == "cpu":
+        return PackedLayout.from_lengths(lengths)
+    return PackedLayout(cu_seqlens, total, tuple(lengths), max(lengths))
 
 
 def _batch_from_cu_seqlens(cu_seqlens: Tensor, total: int, kwargs: Mapping[str, Any]) -> _Batch:

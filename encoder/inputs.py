@@ -159,7 +159,8 @@ class PackedTransformer(Transformer):
 
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         """Write `token_embeddings` into the features; the layout of a packed batch is built once, here."""
-        model_inputs = {name: value for name, value in features.items() if name != "prompt_mask"}
+        ours = ("prompt_mask", "lengths")
+        model_inputs = {name: value for name, value in features.items() if name not in ours}
         if "cu_seq_lens_q" in features and self.model_forward_params is None and self._can_flatten_inputs():
             kwargs.setdefault("layout", packed_attention.layout_of(features))
         features.update(super().forward(model_inputs, **kwargs))
@@ -227,9 +228,9 @@ class PackedTransformer(Transformer):
         """Lay B token lists end to end.
 
         Returns:
-            `input_ids` and `position_ids` (1, T), `cu_seq_lens_q` (B + 1,), and with prompts `prompt_mask`
-            (1, T)
-            bool: by token and not by text, so that slices of a batch (GradCache's) need not know of it.
+            `input_ids` and `position_ids` (1, T), `cu_seq_lens_q` (B + 1,), `lengths`, which are B integers,
+            and with prompts `prompt_mask` (1, T) bool: by token and not by text, so that slices of a batch
+            (GradCache's) need not know of it.
         """
         lengths = np.fromiter(map(len, ids), dtype=np.int64, count=len(ids))
         ends = lengths.cumsum()
@@ -243,6 +244,7 @@ class PackedTransformer(Transformer):
             "cu_seq_lens_k": cu_seqlens,
             "max_length_q": int(lengths.max()),
             "max_length_k": int(lengths.max()),
+            "lengths": tuple(lengths.tolist()),
             "modality": "text",
         }
         if prompt_lengths is not None:

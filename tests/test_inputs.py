@@ -7,6 +7,7 @@ import pytest
 import torch
 from sentence_transformers import SentenceTransformer
 
+from uncausal.encoder.attention import layout_of
 from uncausal.encoder.inputs import added_tokens, check_not_empty, find_empty
 from uncausal.encoder.model import Encoder
 
@@ -133,6 +134,20 @@ def test_saved_prompts_in_plain_sentence_transformers(tiny_llama, tmp_path, pool
         plain.encode(TEXTS[1], prompt_name="query"), encoder.encode(TEXTS[1], prompt_name="query"), atol=1e-4
     )
     assert same == (pooling == "last_token"), "the warning must say what is so"
+
+
+def test_a_layout_reads_nothing_off_the_device(encoder):
+    """Meta tensors raise where they are read; a slice of a batch may come with the lengths of the whole."""
+    features = encoder[0].collate([[1, 2, 3], [4], [5, 6]])
+    far = {k: x.to("meta") if isinstance(x, torch.Tensor) else x for k, x in features.items()}
+    layout = layout_of(far)
+    assert (layout.lengths, layout.total, layout.max_seqlen) == (
+        (3, 1, 2),
+        6,
+        3,
+    ) and layout.cu_seqlens.is_meta
+    part = {**encoder[0].collate([[4], [5, 6]]), "lengths": (3, 1, 2)}
+    assert layout_of(part).lengths == (1, 2)
 
 
 @pytest.mark.parametrize("template", [None, "chat"])

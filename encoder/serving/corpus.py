@@ -17,7 +17,7 @@ import logging
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -130,30 +130,62 @@ def encode_corpus(
         raise ValueError(
             f"shard {turn}/{turns} does not exist: there are the shards 0/{turns} to {turns - 1}/{turns}"
         )
-    width = encoder.get_embedding_dimension() or 0
-    if settings.dimension is not None and settings.dimension > width:
-        raise ValueError(f"dimension {settings.dimension} is more than the model has: {width}")
-    _open(output, {"model": model_digest(encoder), "uncausal": uncausal.__version__, **asdict(settings)})
-    encoded = found = tokens = number = total = 0
+    open_corpus(encoder, output, settings)
+    encoded = found = tokens = shards = total = 0
     start = time.perf_counter()
-    stream = iter(rows)
     with tqdm(desc="Encoding", unit="text", disable=not show_progress_bar) as bar:
-        while batch := list(islice(stream, settings.rows_per_shard)):
+        for number, batch in cut_into_shards(rows, settings):
             if number % turns == turn:
-                if _is_done(output, number, batch):
+                if is_done(output, number, batch):
                     found += len(batch)
                 else:
-                    tokens += _encode_shard(encoder, batch, output, number, settings)
+                    tokens += encode_shard(encoder, batch, output, number, settings)
                     encoded += len(batch)
                     bar.set_postfix({"tokens/s": f"{tokens / (time.perf_counter() - start):,.0f}"})
                 bar.update(len(batch))
-            number, total = number + 1, total + len(batch)
+            shards, total = number + 1, total + len(batch)
+    close_corpus(output, shards, total)
+    return CorpusResult(encoded, found, tokens, time.perf_counter() - start, shards)
+
+
+def open_corpus(encoder: SentenceTransformer, output: Path, settings: CorpusSettings) -> None:
+    """Write the manifest, or make sure that the one there is the same."""
+    width = encoder.get_embedding_dimension() or 0
+    if settings.dimension is not None and settings.dimension > width:
+        raise ValueError(f"dimension {settings.dimension} is more than the model has: {width}")
+    manifest = {"model": model_digest(encoder), "uncausal": uncausal.__version__, **asdict(settings)}
+    file = output / "manifest.json"
+    if not file.exists():
+        with staged_file(file) as out:
+            out.write(json.dumps(manifest, indent=1).encode())
+        return
+    before = json.loads(file.read_text())
+    changed = [key for key in {**before, **manifest} if before.get(key) != manifest.get(key)]
+    if changed:
+        shown = ", ".join(f"{k} ({before.get(k)!r} there, {manifest.get(k)!r} here)" for k in changed)
+        raise ValueError(
+            f"{output} holds a corpus that differs in {shown}: choose another folder, or remove it"
+        )
+
+
+def cut_into_shards(
+    rows: Iterable[tuple[str, str]], settings: CorpusSettings
+) -> Iterator[tuple[int, list[tuple[str, str]]]]:
+    """Yield every shard's number and rows, in order."""
+    stream = iter(rows)
+    for number in count():
+        if not (batch := list(islice(stream, settings.rows_per_shard))):
+            return
+        yield number, batch
+
+
+def close_corpus(output: Path, shards: int, rows: int) -> None:
+    """Write how much the input held, where every process has come to its end."""
     there = sorted(int(file.stem.removeprefix("part-")) for file in output.glob("part-*.parquet"))
-    for stale in (_shard(output, one) for one in there if one >= number):
-        raise ValueError(f"{stale}: is beyond the end of the input, which has {number} shards: remove it")
+    for stale in (_shard(output, number) for number in there if number >= shards):
+        raise ValueError(f"{stale}: is beyond the end of the input, which has {shards} shards: remove it")
     with staged_file(output / INPUT) as out:
-        out.write(json.dumps({"shards": number, "rows": total}).encode())
-    return CorpusResult(encoded, found, tokens, time.perf_counter() - start, number)
+        out.write(json.dumps({"shards": shards, "rows": rows}).encode())
 
 
 def read_corpus(folder: str | Path) -> pa.Table:
@@ -198,7 +230,7 @@ def model_digest(encoder: SentenceTransformer) -> str:
     return digest.hexdigest()[:16]
 
 
-def _encode_shard(
+def encode_shard(
     encoder: SentenceTransformer,
     rows: list[tuple[str, str]],
     output: Path,
@@ -244,23 +276,7 @@ def _columns(vectors: np.ndarray, settings: CorpusSettings) -> dict[str, pa.Arra
     return {"embedding": pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1]), **columns}
 
 
-def _open(output: Path, manifest: dict[str, Any]) -> None:
-    """Write the manifest, or make sure that the one there is the same."""
-    file = output / "manifest.json"
-    if not file.exists():
-        with staged_file(file) as out:
-            out.write(json.dumps(manifest, indent=1).encode())
-        return
-    before = json.loads(file.read_text())
-    changed = [key for key in {**before, **manifest} if before.get(key) != manifest.get(key)]
-    if changed:
-        shown = ", ".join(f"{k} ({before.get(k)!r} there, {manifest.get(k)!r} here)" for k in changed)
-        raise ValueError(
-            f"{output} holds a corpus that differs in {shown}: choose another folder, or remove it"
-        )
-
-
-def _is_done(output: Path, number: int, rows: list[tuple[str, str]]) -> bool:
+def is_done(output: Path, number: int, rows: list[tuple[str, str]]) -> bool:
     """Whether the shard is whole and was made of these rows."""
     file = _shard(output, number)
     if not file.exists() or not _note(file).exists():

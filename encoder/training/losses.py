@@ -219,6 +219,7 @@ def embed(model: nn.Module, columns: list[dict[str, Any]]) -> list[Tensor]:
     joined["cu_seq_lens_q"] = joined["cu_seq_lens_k"] = torch.cat(ends)
     joined["max_length_q"] = joined["max_length_k"] = max(column["max_length_q"] for column in columns)
     counts = [len(column["cu_seq_lens_q"]) - 1 for column in columns]
+    joined["lengths"] = tuple(n for column in columns for n in column.get("lengths", ()))
     return list(model(joined)["sentence_embedding"].split(counts))
 
 

@@ -18,6 +18,7 @@ from uncausal.encoder.training.losses import masked_next_token_loss
 from uncausal.encoder.training.masking import mask_tokens
 from uncausal.encoder.training.stages.base import Stage
 from uncausal.encoder.training.trainer import StageTrainer
+from uncausal.kernels.packing import PackedLayout
 
 
 @dataclass(kw_only=True)
@@ -151,6 +152,7 @@ class MaskedNextToken(nn.Module):
                 "cu_seq_lens_k": ends,
                 "max_length_q": length,
                 "max_length_k": length,
+                "layout": PackedLayout.from_shape(rows, length, device),
             }
         hidden = self.backbone(**kwargs, use_cache=False).last_hidden_state.view(rows, length, -1)
         weight, bias = self._head
