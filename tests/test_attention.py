@@ -420,6 +420,17 @@ def test_kernels_interpreted_with_tensor_descriptors(mode, monkeypatch):
 
 
 @pytest.mark.interpret
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize(("dim", "arch"), [(64, "sm80"), (64, "sm90"), (128, "sm90"), (256, "sm80")])
+def test_kernels_interpreted_with_large_tiles(dim, arch, monkeypatch):
+    """A layout that knows all its sequences to be long: tiles of their own, by pointers and by descriptors."""
+    monkeypatch.setattr(attention_triton, "architecture", lambda device: arch)
+    lengths = [OWN_TILE_TOKENS + 1, OWN_TILE_TOKENS + 20]
+    tensors = make((lengths, lengths), 2, 1, dim, torch.float16)
+    check(tensors, {}, backend="triton", layout=PackedLayout.from_lengths(lengths))
+
+
+@pytest.mark.interpret
 @pytest.mark.parametrize(
     ("form", "mode", "arch", "value"),
     [
