@@ -423,7 +423,7 @@ def test_kernels_interpreted_with_tensor_descriptors(mode, monkeypatch):
 @pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize(("dim", "arch"), [(64, "sm80"), (64, "sm90"), (128, "sm90"), (256, "sm80")])
 def test_kernels_interpreted_with_large_tiles(dim, arch, monkeypatch):
-    """A layout that knows all its sequences to be long: tiles of their own, by pointers and by descriptors."""
+    """A layout whose sequences are all long: tiles of their own, by pointers and by descriptors."""
     monkeypatch.setattr(attention_triton, "architecture", lambda device: arch)
     lengths = [OWN_TILE_TOKENS + 1, OWN_TILE_TOKENS + 20]
     tensors = make((lengths, lengths), 2, 1, dim, torch.float16)

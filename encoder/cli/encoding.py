@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import re
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
-from uncausal.encoder.cli.options import Json, Loading, check_writable
+from uncausal.encoder.cli.options import Json, Loading, check_writable, require
 
 if TYPE_CHECKING:
     from uncausal.encoder.model import Encoder
@@ -31,6 +32,9 @@ def encode(
     rows_per_shard: int | None = None,
     vector_dtype: Literal["float32", "float16", "int8"] | None = None,
     shard: Annotated[str | None, arg(metavar="I/N")] = None,
+    engine: Literal["local", "ray"] = "local",
+    workers: int = 1,
+    gpus: float = 0,
     int8: bool = False,
     loading: Loading = Loading(),
 ) -> None:
@@ -50,18 +54,26 @@ def encode(
         rows_per_shard: into a folder: rows a shard, 10000 by default.
         vector_dtype: into a folder: type of the numbers, float32 by default; int8 has a scale a vector.
         shard: into a folder: encode every N-th shard, from the I-th, so that N processes share the work.
+        engine: into a folder: ray takes Ray Data, on the cluster of RAY_ADDRESS or on this machine.
+        workers: with ray: models at work at a time.
+        gpus: with ray: GPUs of each worker.
         int8: int8 weights, on a CPU: faster, less exact.
     """
     file, suffix = Path(output), Path(output).suffix
     into_folder = output.endswith("/") or not suffix
     if not into_folder and suffix not in (".npy", ".parquet"):
         raise ValueError(f"{output}: the output is .npy, .parquet or a folder, not {suffix!r}")
-    given = {"id_column": id_column, "rows_per_shard": rows_per_shard, "dtype": vector_dtype, "shard": shard}
+    given: dict[str, Any] = {"id_column": id_column, "rows_per_shard": rows_per_shard}
+    given |= {"dtype": vector_dtype, "shard": shard, "engine": None if engine == "local" else engine}
     given = {name: value for name, value in given.items() if value is not None}
     if given and not into_folder:
         name = "vector_dtype" if next(iter(given)) == "dtype" else next(iter(given))
         raise ValueError(f"--{name.replace('_', '-')} is for a folder of shards: end the output in /")
     turn = shard_of(given.pop("shard", "0/1"))
+    if given.pop("engine", None) and turn != (0, 1):
+        raise ValueError("--shard is for --engine local: Ray shares the work out by itself")
+    if engine == "local" and (workers, gpus) != (1, 0):
+        raise ValueError("--workers and --gpus are for --engine ray; --shard I/N shares the work by itself")
     check_writable(file, folder=into_folder)
     shown = sys.stderr.isatty()
     if into_folder:
@@ -74,9 +86,16 @@ def encode(
             "batch_tokens": batch_tokens,
         }
         settings = CorpusSettings(column=column, **same, **given)  # pyright: ignore[reportArgumentType]
-        rows = corpus_rows(input, settings)
-        encoder = load(model, loading, int8)
-        done = encode_corpus(encoder, rows, file, settings, shard=turn, show_progress_bar=shown)
+        read_again, load_again = partial(corpus_rows, input, settings), partial(load, model, loading, int8)
+        if engine == "ray":
+            require("ray", "ray", "--engine ray")
+            from uncausal.encoder.serving.ray import encode_corpus_on_ray
+
+            pool: Any = {"workers": workers, "gpus": gpus, "show_progress_bar": shown}
+            done = encode_corpus_on_ray(load_again, read_again, file, settings, **pool)
+        else:
+            encoder, rows = load_again(), read_again()
+            done = encode_corpus(encoder, rows, file, settings, shard=turn, show_progress_bar=shown)
         print(
             f"{output}: {done.encoded} vectors written, {done.found} found done, {done.shards} shards in all",
             file=sys.stderr,

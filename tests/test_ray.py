@@ -1,0 +1,70 @@
+"""Ray Data: the bytes of the local engine, with one worker and two, resumed, and with a worker that dies."""
+
+import os
+import signal
+from functools import partial
+
+import pytest
+
+ray = pytest.importorskip("ray", reason="needs `pip install uncausal[ray]`")
+
+from uncausal import Encoder  # noqa: E402
+from uncausal.encoder.serving.corpus import CorpusSettings, encode_corpus, read_corpus  # noqa: E402
+from uncausal.encoder.serving.ray import encode_corpus_on_ray  # noqa: E402
+
+WORDS = "the a cat dog king sees likes paints river music".split()
+ROWS = [(f"id{i}", " ".join(WORDS[(i * k) % 10] for k in range(1, 3 + i % 9))) for i in range(57)]
+SETTINGS = CorpusSettings(rows_per_shard=10)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster():
+    ray.init(num_cpus=2, log_to_driver=False, include_dashboard=False)
+    yield
+    ray.shutdown()
+
+
+def contents(folder):
+    return {file.name: file.read_bytes() for file in folder.iterdir() if not file.name.startswith(".")}
+
+
+def load(path, dies=None):
+    """The encoder; with a file, its process dies at the first batch, once."""
+    encoder = Encoder.from_pretrained(path, device="cpu", dtype="float32")
+    forward = encoder.forward
+
+    def dying(features, **options):
+        if dies.exists():
+            dies.unlink()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return forward(features, **options)
+
+    if dies is not None:
+        encoder.forward = dying
+    return encoder
+
+
+def test_workers_write_the_bytes_of_the_local_engine(tiny_checkpoint, tmp_path):
+    """One worker goes on where another engine stopped; of two, one dies and is started anew."""
+    one, two, read = tmp_path / "one", tmp_path / "two", lambda: iter(ROWS)
+    encode_corpus(load(tiny_checkpoint), ROWS, one, SETTINGS)
+    whole = contents(one)
+    (one / "part-00002.parquet").unlink()
+    (one / "part-00005.json").unlink()
+    result = encode_corpus_on_ray(partial(load, tiny_checkpoint), read, one, SETTINGS)
+    assert (result.encoded, result.found, result.shards) == (17, 40, 6) and result.tokens > 17
+    assert contents(one) == whole
+    (tmp_path / "marker").touch()
+    dies = partial(load, tiny_checkpoint, tmp_path / "marker")
+    result = encode_corpus_on_ray(dies, read, two, SETTINGS, workers=2)
+    assert result.encoded == 57 and not (tmp_path / "marker").exists()
+    assert contents(two) == whole and len(read_corpus(two)) == 57
+
+
+def test_what_a_worker_refuses_is_told(tiny_checkpoint, tmp_path):
+    encode_corpus(load(tiny_checkpoint), ROWS[:3], tmp_path, SETTINGS)
+    other = CorpusSettings(rows_per_shard=11)
+    with pytest.raises(Exception, match="differs in rows_per_shard"):
+        encode_corpus_on_ray(partial(load, tiny_checkpoint), lambda: iter(ROWS[:3]), tmp_path, other)
+    with pytest.raises(ValueError, match="workers is 0"):
+        encode_corpus_on_ray(partial(load, tiny_checkpoint), lambda: iter(ROWS), tmp_path, workers=0)
