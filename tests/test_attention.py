@@ -396,7 +396,8 @@ def test_compiles_without_graph_breaks():
 @pytest.mark.parametrize("mode", ["plain", "causal", "all"])
 @pytest.mark.parametrize("lengths", LENGTHS)
 def test_kernels_interpreted(lengths, mode, dtype):
-    check(make(LENGTHS[lengths], 4, 2, 16, dtype), MODES[mode], backend="triton")
+    heads = (4, 2) if dtype == torch.float16 else (2, 1)
+    check(make(LENGTHS[lengths], *heads, 16, dtype), MODES[mode], backend="triton")
 
 
 @pytest.mark.interpret
@@ -413,7 +414,7 @@ def test_kernels_interpreted_padded_heads(dim):
 def test_kernels_interpreted_with_tensor_descriptors(mode, monkeypatch):
     monkeypatch.setattr(attention_triton, "architecture", lambda device: "sm90")
     check(
-        make(([5, 1, 0, 17, 131, 3], [7, 1, 4, 11, 297, 0]), 4, 2, 32, torch.float16),
+        make(([5, 1, 0, 17, 131, 3], [7, 1, 4, 11, 297, 0]), 2, 1, 32, torch.float16),
         MODES[mode],
         backend="triton",
     )
@@ -447,7 +448,7 @@ def test_kernels_keep_a_bad_sequence_to_itself(form, mode, arch, value, monkeypa
     monkeypatch.setattr(attention_triton, "architecture", lambda device: arch)
     layout = PackedLayout.from_lengths(lengths)
     call = dict(return_attn_probs=True, backend="triton", layout=layout, **MODES[mode])
-    q, k, v, cu, _ = make((lengths, lengths), 2, 1, 16, torch.float16)
+    q, k, v, cu, _ = make((lengths, lengths), 1, 1, 16, torch.float16)
     good = gradients(flash_attn_varlen_func, q, k, v, cu, cu, **call)
     others = torch.ones(sum(lengths), dtype=torch.bool)
     others[cu[bad] : cu[bad + 1]] = False
