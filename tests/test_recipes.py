@@ -128,7 +128,9 @@ ALL = [(name, variant) for name, variants in list_recipes().items() for variant 
 
 
 @pytest.mark.parametrize(("name", "variant"), ALL)
-def test_every_variant_of_every_recipe_loads(name, variant):
+def test_every_variant_of_every_recipe_loads(name, variant, tmp_path, monkeypatch):
+    (tmp_path / "data.noun").touch()
+    monkeypatch.setenv("WNSEARCHDIR", str(tmp_path))
     recipe = load_recipe(name, variant)
     assert recipe.name == name and recipe.variant == variant and recipe.steps
     for step in recipe.steps:  # a weight of a set that is not there would be found after hours only

@@ -161,7 +161,7 @@ def _modules_as_before(encoder: SentenceTransformer) -> Iterator[None]:
         raise
 
 
-def restore_modules(encoder: SentenceTransformer, modules: dict[str, nn.Module | None]) -> None:
+def restore_modules(encoder: SentenceTransformer, modules: dict[str, nn.Module]) -> None:
     """Give an encoder the modules, by their names, that it had before."""
     encoder._modules.clear()
     encoder._modules.update(modules)

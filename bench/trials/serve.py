@@ -1,8 +1,8 @@
 """The server under load: 64 clients for two minutes, beside one client, `encode`, and a plain FastAPI server.
 
-`python -m uncausal.bench.serve MODEL --data-dir DIR [--clients 64] [--seconds 120]` prints texts a second,
-latencies and statuses as a table, or with `--json`. Each request holds one sentence of Wikipedia. The peer is
-what people write first: sentence-transformers' encode behind a FastAPI route.
+`python -m uncausal.bench.trials.serve MODEL --data-dir DIR [--clients 64] [--seconds 120]` prints texts a
+second, latencies and statuses as a table, or with `--json`. Each request holds one sentence of Wikipedia. The
+peer is what people write first: sentence-transformers' encode behind a FastAPI route.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import httpx
+import httpx2 as httpx
 import numpy as np
 
 from uncausal.encoder.data.local import local_rows
@@ -32,7 +32,8 @@ import sys, threading, uvicorn
 from fastapi import FastAPI
 from pydantic import BaseModel
 from sentence_transformers import SentenceTransformer
-model, lock, app = SentenceTransformer(sys.argv[1], device="cpu"), threading.Lock(), FastAPI()
+model = SentenceTransformer(sys.argv[1], device="cpu", model_kwargs={"dtype": "float32"})
+lock, app = threading.Lock(), FastAPI()
 class Request(BaseModel):
     input: str
 @app.get("/health")

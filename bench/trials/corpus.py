@@ -1,9 +1,9 @@
 """A corpus of 200,000 passages as jobs meet it: killed, shared, on Ray; the same bytes, in flat memory.
 
-`python -m uncausal.bench.corpus MODEL --data-dir DIR [--rows 200000] [--part 20000]` runs the command, and
-prints what it found as a table, or with `--json`. The whole corpus is encoded twice: undisturbed, and killed
-three times. The first `--part` rows are then encoded by two processes and by Ray, and timed against a bare
-`encode`.
+`python -m uncausal.bench.trials.corpus MODEL --data-dir DIR [--rows 200000] [--part 20000]` runs the command,
+and prints what it found as a table, or with `--json`. The whole corpus is encoded twice: undisturbed, and
+killed three times. The first `--part` rows are then encoded by two processes and by Ray, and timed
+against a bare `encode`.
 """
 
 from __future__ import annotations
