@@ -62,8 +62,8 @@ def iter_encode(
     """
     if not getattr(encoder, "packed", False):
         raise ValueError(
-            "batches without padding need the packed attention: load the model with attention='uncausal', "
-            "or take its encode()"
+            "batches without padding need the packed attention: load the model with attention='auto'; one "
+            "that has no packed form is encoded whole, by encode() or into a .npy or .parquet file"
         )
     check_not_empty(texts)
     check_unicode(texts)

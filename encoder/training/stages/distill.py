@@ -103,9 +103,10 @@ class Distill(PairStage):
                 if self.teacher is None:
                     raise FileNotFoundError(f"no such file of vectors: {file}; name a teacher to write it")
                 vectors = self._taught(texts, device)
+                with staged_file(_note(file)) as out:  # first: vectors without a note would be anyone's
+                    out.write(json.dumps({"teacher": self.teacher, "texts": digest}).encode())
                 with staged_file(file) as out:
                     np.save(out, vectors)
-                _note(file).write_text(json.dumps({"teacher": self.teacher, "texts": digest}))
         try:
             vectors = np.load(file)
         except (ValueError, EOFError) as error:
