@@ -171,6 +171,10 @@ def test_index_and_its_search_refuse(cli_folder, byte_llama, project, tmp_path, 
     assert "a new index needs --model" in run(capsys, "index", project, "--out", path, status=1)
     said = run(capsys, "index", tmp_path / "nowhere", "--model", model, "--out", path, status=1)
     assert "no such folder" in said
+    assert f"no index at {path}: `uncausal index" in run(capsys, "search", path, "query", status=1)
+    (tmp_path / "empty").mkdir()
+    run(capsys, "index", tmp_path / "empty", "--model", model, "--out", tmp_path / "none.index")
+    assert "passages: 0" in run(capsys, "index", tmp_path / "empty", "--out", tmp_path / "none.index")
     run(capsys, "index", project, "--model", model, "--out", path)
     assert "one or more queries after the index" in run(capsys, "search", path, status=1)
     said = run(capsys, "search", path, "query", "--model", byte_llama, status=1)

@@ -7,6 +7,7 @@ import pytest
 
 from uncausal.encoder.data.code import decode, definitions, summary
 from uncausal.encoder.data.sources import HELD_OUT, HELD_OUT_DEV, HELD_OUT_TEST, distribution_files
+from uncausal.encoder.evaluation import code
 from uncausal.encoder.evaluation.code import (
     CodeSearchSet,
     bm25_scores,
@@ -25,6 +26,8 @@ def test_code_search_set_is_aligned_and_of_the_packages():
     told = {d.code: summary(d.doc) for file in files for d in definitions(decode(file.read()))}
     assert [told[document] for document in found.documents] == found.queries
     assert not [q for q, document in zip(*found, strict=True) if q in document]
+    told = {d.code for file in distribution_files("requests") for d in definitions(decode(file.read()))}
+    assert sum(document in told for document in found.documents) == 30  # as many of each package
     assert code_search_set(["requests", "jinja2"], 60) == found
     assert code_search_set(["requests", "jinja2"], 60, seed=1) != found
 
@@ -39,8 +42,9 @@ def test_search_metrics():
     assert search_metrics(scores)["mrr@10"] == 100
     scores[0, 1] = 2  # second
     scores[1, 2:] = scores[1, 1]  # tied with all: eleventh
+    scores[2, 3:] = 2  # tenth
     metrics = search_metrics(scores)
-    assert metrics["mrr@10"] == pytest.approx(100 * (10 + 1 / 2) / 12)
+    assert metrics["mrr@10"] == pytest.approx(100 * (9 + 1 / 2 + 1 / 10) / 12)
     assert metrics["recall@10"] == pytest.approx(100 * 11 / 12)
     assert metrics["low"] < metrics["mrr@10"] < metrics["high"] and metrics["queries"] == 12
     assert search_metrics(np.ones((50, 50)))["mrr@10"] == 0
@@ -77,7 +81,7 @@ def test_evaluate_code_search_ranks_by_cosine(smollm2):
     assert evaluate_code_search(encoder, found)["mrr@10"] == pytest.approx(expected, abs=0.01)
 
 
-def test_evaluate_sizes_are_those_of_the_cut_vectors(smollm2):
+def test_evaluate_sizes_are_those_of_the_cut_vectors(smollm2, monkeypatch):
     encoder = Encoder.from_pretrained(smollm2, num_layers=1, dtype="float32", device="cpu", max_seq_length=32)
     found = code_search_set(["requests"], 24)
     rows = evaluate_sizes(encoder, found, dimensions=[8, 576])
@@ -94,8 +98,15 @@ def test_evaluate_sizes_are_those_of_the_cut_vectors(smollm2):
     assert rows[3]["mrr@10"] == pytest.approx(rows[2]["mrr@10"], abs=3)
     [whole, _] = evaluate_sizes(encoder, found)
     assert whole["mrr@10"] == rows[2]["mrr@10"]
+    told = evaluate_code_search(encoder, found, prompt="a function that says: ")
+    [asked, _] = evaluate_sizes(encoder, found, prompt="a function that says: ")
+    assert asked["mrr@10"] == pytest.approx(told["mrr@10"], abs=0.01) and asked["mrr@10"] != whole["mrr@10"]
+    monkeypatch.setattr(code, "to_int8", np.ones_like)
+    [_, rounded] = evaluate_sizes(encoder, found)
+    assert rounded["mrr@10"] == 0  # all alike, and a tie is lost: scored as they are stored
+    monkeypatch.setattr(encoder, "encode", None)  # refused before anything is encoded
     with pytest.raises(ValueError, match="vectors have 576 dimensions, not 577"):
-        evaluate_sizes(encoder, found, dimensions=[577])
+        evaluate_sizes(encoder, found, dimensions=[8, 577])
 
 
 def test_bm25_finds_functions_of_real_packages():

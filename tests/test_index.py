@@ -1,5 +1,7 @@
 """The index of a folder: what it finds, and that it always holds what one made from scratch holds."""
 
+import json
+import os
 import shutil
 import sqlite3
 import string
@@ -17,7 +19,7 @@ from transformers import LlamaConfig, LlamaModel, PreTrainedTokenizerFast
 from uncausal.encoder.data.passages import MAX_CODE, MAX_PROSE, passages
 from uncausal.encoder.model import Encoder
 from uncausal.encoder.serving import index as indexing
-from uncausal.encoder.serving.index import Index, is_index, update_index
+from uncausal.encoder.serving.index import Index, is_index, model_of, update_index
 
 SUM = 'def add(a, b):\n    """Add two numbers."""\n    return a + b\n'
 READ = (
@@ -280,6 +282,8 @@ def test_dimension_and_int8(tmp_path, encoder, options, bytes_each):
 
 def test_bad_files_are_counted(tmp_path, encoder):
     folder = write(tmp_path / "src", good_py=SUM, old_py="print 'x'\n", wide_md=b"x" * 1_000_000)
+    write(folder, turned_py="# coding: rot13\n" + SUM)
+    Path(os.fsdecode(os.fsencode(folder) + b"/\xff.py")).write_text(SUM)
     write(
         folder, latin_md="é".encode("latin-1"), zero_md=b"a\0b", empty_py="", utf16_md="text".encode("utf-16")
     )
@@ -288,8 +292,56 @@ def test_bad_files_are_counted(tmp_path, encoder):
     (folder / ".venv").mkdir()
     write(folder / ".venv", hidden_py=SUM)
     report = update_index(tmp_path / "i", folder, encoder)
-    assert report.skipped == {"not Python 3": 1, "too long": 1, "not UTF-8": 2, "not text": 1}
+    skipped = {"not Python 3": 2, "too long": 1, "not UTF-8": 2, "not text": 1, "name not UTF-8": 1}
+    assert report.skipped == skipped
     assert {passage[0] for passage in Index(tmp_path / "i").passages} == {"good.py"}
+
+
+@pytest.mark.parametrize("dimension", [0, -1, 33])
+def test_impossible_dimension_is_refused_before_a_file_is_made(tmp_path, encoder, dimension):
+    with pytest.raises(ValueError, match=f"dimension is {dimension}; the model's vectors have 32"):
+        update_index(tmp_path / "i", write(tmp_path / "src", a_py=SUM), encoder, dimension=dimension)
+    assert not (tmp_path / "i").exists()
+
+
+def test_vectors_of_a_bfloat16_model_have_length_1(tmp_path, encoder, monkeypatch):
+    """They were scaled in bfloat16, and searches printed cosines of 1.004."""
+    encode = encoder.encode_document
+    monkeypatch.setattr(encoder, "encode_document", lambda *a, **k: encode(*a, **k).bfloat16())
+    update_index(tmp_path / "i", write(tmp_path / "src", a_py=SUM, b_py=READ), encoder)
+    np.testing.assert_allclose(np.linalg.norm(Index(tmp_path / "i").vectors, axis=1), 1, atol=1e-6)
+
+
+def test_update_keeps_the_probe_and_the_model(tmp_path, encoder, monkeypatch):
+    """A probe that followed every update would let the index drift, an update at a time, to another model."""
+
+    def stored():
+        with sqlite3.connect(tmp_path / "i") as database:
+            return dict(database.execute("SELECT key, value FROM meta"))
+
+    folder = write(tmp_path / "src", a_py=SUM)
+    update_index(tmp_path / "i", folder, encoder, model="first")
+    before, encode = stored(), encoder.encode_document
+    monkeypatch.setattr(encoder, "encode_document", lambda *a, **k: encode(*a, **k) + 1e-3)
+    update_index(tmp_path / "i", folder, encoder)
+    assert stored() == before and model_of(tmp_path / "i") == "first" and json.loads(before["probe"])
+
+
+def test_every_passage_is_encoded_once(tmp_path, encoder, monkeypatch):
+    encoded, encode = [], encoder.encode_document
+    monkeypatch.setattr(indexing, "GROUP", 2)
+    monkeypatch.setattr(encoder, "encode_document", lambda t, **k: (encoded.extend(t), encode(t, **k))[1])
+    files = {f"m{i}_py": SUM.replace("add", f"add{i}") for i in range(7)}
+    report = update_index(tmp_path / "i", write(tmp_path / "src", **files), encoder)
+    assert len(encoded) == len(set(encoded)) == 1 + report.passages > 8
+
+
+def test_queries_are_encoded_as_queries(tmp_path, encoder, monkeypatch):
+    update_index(tmp_path / "i", write(tmp_path / "src", a_py=SUM), encoder)
+    asked, encode = [], encoder.encode_query
+    monkeypatch.setattr(encoder, "encode_query", lambda t, **k: (asked.extend(t), encode(t, **k))[1])
+    Index(tmp_path / "i").search(encoder, ["add two numbers"])
+    assert asked == ["add two numbers"]
 
 
 def test_index_of_another_model_is_refused(tmp_path, encoders):

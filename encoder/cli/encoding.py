@@ -201,9 +201,12 @@ def search_file(
     if Path(model).is_file() and not model.endswith(".gguf"):
         raise ValueError(f"{model}: is neither an index, which `uncausal index` writes, nor a model")
     if len(rest) < 2:
-        raise ValueError(
+        usage = (
             'give one or more queries: uncausal search MODEL CORPUS "QUERY", or uncausal search INDEX "QUERY"'
         )
+        if Path(model).exists():
+            raise ValueError(usage)
+        raise ValueError(f"no index at {model}: `uncausal index DIR --out {model}` makes one; or {usage}")
     from sentence_transformers.util import semantic_search
 
     corpus, *queries = rest

@@ -158,11 +158,12 @@ def index(
     check_writable(out)
     from tqdm import tqdm
 
-    from uncausal.encoder.serving.index import Index, is_index, update_index
+    from uncausal.encoder.serving.index import model_of, update_index
 
-    if model is None and not is_index(out):
+    new = not out.exists() or out.stat().st_size == 0
+    source = model or ("" if new else model_of(out))
+    if not source:
         raise ValueError("a new index needs --model MODEL")
-    source = model or Index(out).model
     encoder = loading.load(source)
     with tqdm(desc="Indexing", unit="file", disable=not sys.stderr.isatty()) as bar:
         done = update_index(

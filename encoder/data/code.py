@@ -65,7 +65,7 @@ def decode(raw: bytes) -> str:
     encoding, _ = tokenize.detect_encoding(io.BytesIO(raw).readline)
     try:
         return raw.decode(encoding).replace("\r\n", "\n").replace("\r", "\n")
-    except UnicodeDecodeError as error:
+    except (UnicodeDecodeError, LookupError) as error:  # rot13 is a codec, but none of text
         raise SyntaxError(f"not {encoding}") from error
 
 

@@ -103,13 +103,14 @@ def evaluate_sizes(
     Raises:
         ValueError: a vector has fewer dimensions than asked.
     """
+    width, rows = encoder.get_embedding_dimension() or 0, []
+    for size in dimensions:
+        if not 0 < size <= width:
+            raise ValueError(f"the model's vectors have {width} dimensions, not {size}")
     queries, documents = search_set or code_search_set()
     asked = encoder.encode(queries, prompt=prompt, convert_to_numpy=True, **encode_options)
     stored = encoder.encode(documents, convert_to_numpy=True, **encode_options)
-    width, rows = stored.shape[1], []
     for size in dimensions or (width,):
-        if not 0 < size <= width:
-            raise ValueError(f"the model's vectors have {width} dimensions, not {size}")
         short, queried = (_unit(vectors[:, :size].astype(np.float32)) for vectors in (stored, asked))
         for int8 in (False, True):
             kept = _unit(to_int8(short).astype(np.float32)) if int8 else short

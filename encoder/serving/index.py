@@ -100,6 +100,9 @@ def update_index(
     path, folder = Path(path), Path(folder).expanduser().resolve()
     if not folder.is_dir():
         raise FileNotFoundError(f"no such folder: {folder}")
+    width = encoder.get_embedding_dimension() or 0
+    if dimension is not None and not 1 <= dimension <= width:
+        raise ValueError(f"dimension is {dimension}; the model's vectors have {width}")
     with _database(path, create=True) as database:
         meta = dict(database.execute("SELECT key, value FROM meta"))
         if meta:
@@ -134,6 +137,8 @@ def _update(
     waiting: list[tuple[str, str, list[Passage]]] = []
     for done, name in enumerate(found, 1):
         try:
+            if name.encode(errors="replace").decode() != name:
+                raise ValueError("name not UTF-8")
             raw = (folder / name).read_bytes()
             digest = hashlib.sha256(raw).hexdigest()
             if before.get(name) == digest:
@@ -257,6 +262,13 @@ def to_int8(vectors: np.ndarray) -> np.ndarray:
     return np.rint(vectors * (127 / abs(vectors).max(1, keepdims=True, initial=1e-9))).astype(np.int8)
 
 
+def model_of(path: str | Path) -> str:
+    """Return what the encoder of an index was loaded from, "" where it is not known."""
+    with _database(Path(path)) as database:
+        found = database.execute("SELECT value FROM meta WHERE key = 'model'").fetchone()
+    return found[0] if found else ""
+
+
 def is_index(path: str | Path) -> bool:
     """Whether the file says in its header that it is an index of this package."""
     if not Path(path).is_file():
@@ -322,5 +334,5 @@ def _unit_vectors(
 ) -> np.ndarray:
     """Return vectors of length 1, (texts, dimension) float32."""
     options = {"show_progress_bar": False, "truncate_dim": dimension, **options}
-    vectors = encode(texts, convert_to_tensor=True, normalize_embeddings=True, **options)
-    return vectors.float().cpu().numpy()
+    vectors = encode(texts, convert_to_tensor=True, **options).float().cpu().numpy()
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)  # bfloat16 would round the lengths
