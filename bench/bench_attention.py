@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from uncausal.bench import lengths, measure
+from uncausal.bench import inputs, measure
 from uncausal.bench.measure import OURS, Contest, Settings, Unable, allocated_bytes, gather, load
 from uncausal.kernels.attention import flash_attn_varlen_func, flash_attn_varlen_ref
 from uncausal.kernels.packing import PackedLayout, pack, unpack
@@ -195,7 +195,7 @@ def by_distribution(settings: Settings, distribution: str, dim: int, backward: b
     tokens, longest = (6141, 512) if settings.device == "cpu" else (65536, 2048)
     if settings.dry:
         tokens, longest = 96, 32
-    sizes = lengths.batches(tokens, longest)[distribution]
+    sizes = inputs.batches(tokens, longest)[distribution]
     return contest(settings, sizes, dim, backward)
 
 
@@ -203,7 +203,7 @@ def by_length(settings: Settings, length: int, dim: int) -> Contest:
     """Forward over sequences of one length, for the plot."""
     tokens = 64 if settings.dry else 4096 if settings.device == "cpu" else 65536
     length = min(length, 16) if settings.dry else length if settings.device == "cpu" else 8 * length
-    found = contest(settings, lengths.constant(length, tokens), dim, backward=False)
+    found = contest(settings, inputs.constant(length, tokens), dim, backward=False)
     found.peak, found.rounds = None, 5
     flops = found.work["flops"]
     found.derive = lambda times: {

