@@ -11,7 +11,7 @@ import pytest
 from datasets import Dataset
 
 from uncausal.encoder.data.pairs import class_triplets, read_pairs, text_columns
-from uncausal.encoder.data.rows import DataError
+from uncausal.encoder.data.rows import DataError, read_rows
 from uncausal.encoder.data.texts import read_texts, sentences
 
 NEGATIVES = ("negative_1", "negative_2", "negative_3")
@@ -90,6 +90,33 @@ def test_read_texts_missing_file_is_not_taken_for_a_dataset(tmp_path):
             list(read_texts(name))
     with pytest.raises(DataError, match="is a folder"):
         list(read_texts(tmp_path))
+
+
+def test_a_pattern_is_its_files_in_order_of_their_names(tmp_path):
+    for name, texts in (("b.txt", ["three"]), ("a.jsonl.gz", ["one", "two"]), ("deep/c.txt", ["four"])):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write_format(tmp_path / name, texts)
+    write_format(tmp_path / "of[1].txt", ["the file of that name"])
+    assert list(read_texts(tmp_path / "[ab].*")) == ["one", "two", "three"]
+    assert list(read_texts(tmp_path / "**" / "c*.txt")) == ["four"]
+    assert list(read_texts(tmp_path / "of[1].txt")) == ["the file of that name"]
+    with pytest.raises(FileNotFoundError, match=r"no file fits .*none\*\.txt"):
+        list(read_texts(tmp_path / "none*.txt"))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_dataset_of_the_hub_may_stream(monkeypatch, streaming):
+    asked = {}
+
+    def load_dataset(path, configuration, **options):
+        asked.update(options, path=path, configuration=configuration)
+        return Dataset.from_dict({"text": TEXTS}).to_iterable_dataset() if streaming else [{"text": TEXTS[0]}]
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    rows = read_rows("wiki/dump:en@validation", streaming=streaming)
+    assert next(rows) == ("wiki/dump:en@validation: row 1", {"text": TEXTS[0]})
+    known = {"path": "wiki/dump", "configuration": "en", "split": "validation"}
+    assert asked == {**known, "streaming": streaming}
 
 
 def test_read_texts_csv_field_longer_than_the_csv_default(tmp_path):

@@ -42,7 +42,8 @@ def encode(
 
     Args:
         model: encoder folder, or anything `convert` takes.
-        input: text, JSONL, CSV, TSV or Parquet file; - is stdin.
+        input: text, JSONL, CSV, TSV or Parquet file, a pattern of them in quotes ("parts/*.jsonl.gz"), or a
+            dataset of the hub; - is stdin.
         output: file to write: .npy, or .parquet with the texts beside them; or a folder, for a corpus larger
             than memory, of Parquet shards that an interrupted run goes on from.
         column: field that holds the text.

@@ -1,7 +1,8 @@
 """Reads rows from files, stdin or a dataset of the hub, and says where the input is wrong.
 
-Formats by suffix, each but Parquet also as .gz: .txt (a text a line), .jsonl, .csv, .tsv, .parquet. Anything
-else that is no file is the name of a dataset, `name`, `name:configuration` or `name:configuration@split`.
+Formats by suffix, each but Parquet also as .gz: .txt (a text a line), .jsonl, .csv, .tsv, .parquet. A pattern
+(`parts/*.jsonl.gz`, `**` for any folders) stands for its files in order of their names. Anything else that is
+no file is the name of a dataset, `name`, `name:configuration` or `name:configuration@split`.
 """
 
 import csv
@@ -10,6 +11,7 @@ import json
 import sys
 import zlib
 from collections.abc import Iterable, Iterator
+from glob import glob
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,18 +24,28 @@ class DataError(ValueError):
     """Input that cannot be read; the message starts with the file and the line or row."""
 
 
-def read_rows(source: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Read rows of any supported format as (place, fields); a line of plain text is `{"": line}`."""
+def read_rows(source: str | Path, *, streaming: bool = False) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Read rows of any supported format as (place, fields); a line of plain text is `{"": line}`.
+
+    With `streaming`, a dataset of the hub is read as it comes, without a copy on the disk.
+    """
     name = str(source)
     if name == "-":
         yield from _stdin_rows(sys.stdin.buffer)
         return
     path = Path(name).expanduser()
     suffixes = [s for s in path.suffixes if s != ".gz"][-1:]
+    if not path.exists() and set(name) & set("*?["):
+        files = sorted(file for file in glob(str(path), recursive=True) if Path(file).is_file())
+        if not files:
+            raise FileNotFoundError(f"no file fits {name}")
+        for file in files:
+            yield from read_rows(file)
+        return
     if not path.exists():
         if suffixes and suffixes[0] in SUFFIXES or name.startswith(("/", ".", "~")):
             raise FileNotFoundError(f"no such file: {name}")
-        yield from _hub_rows(name)
+        yield from _hub_rows(name, streaming)
         return
     if path.is_dir():
         raise DataError(f"{name}: is a folder; give one of its files ({', '.join(SUFFIXES)})")
@@ -159,13 +171,13 @@ def _chain(first: tuple[int, str], rest: Iterator[tuple[int, str]]) -> Iterator[
     yield from rest
 
 
-def _hub_rows(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def _hub_rows(name: str, streaming: bool) -> Iterator[tuple[str, dict[str, Any]]]:
     from datasets import load_dataset
 
     path, _, split = name.partition("@")
     path, _, configuration = path.partition(":")
     try:
-        dataset = load_dataset(path, configuration or None, split=split or "train")
+        dataset = load_dataset(path, configuration or None, split=split or "train", streaming=streaming)
     except (FileNotFoundError, ConnectionError, ValueError) as error:
         raise DataError(f"{name}: neither a file nor a dataset that can be loaded ({error})") from error
     for number, row in enumerate(dataset, 1):

@@ -87,7 +87,7 @@ def corpus_rows(source: str | Path, settings: CorpusSettings) -> Iterator[tuple[
     Raises:
         DataError: a missing field or an empty text; the message has file and line.
     """
-    for number, (where, row) in enumerate(read_rows(source)):
+    for number, (where, row) in enumerate(read_rows(source, streaming=True)):
         text = text_field(row, settings.column, where)
         if not text.strip():
             raise DataError(
