@@ -207,6 +207,24 @@ def ensure_pad_token(tokenizer: Any) -> None:
         )
 
 
+def check_vocabulary(tokenizer: Any, model: Any) -> None:
+    """Refuse a tokenizer whose tokens have no embedding; a pad token has no need of one where none is padded.
+
+    Raises:
+        ValueError: the tokenizer is another model's, or has tokens that were added since.
+    """
+    rows = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) <= rows:
+        return
+    beyond = {token: id for token, id in tokenizer.get_vocab().items() if id >= rows}
+    beyond.pop(tokenizer.pad_token, None)
+    for token, id in beyond.items():
+        raise ValueError(
+            f"the tokenizer is not the model's: its token {token!r} is number {id}, and the model has {rows} "
+            "embeddings; load the model's own tokenizer, or enlarge the model by resize_token_embeddings"
+        )
+
+
 def hub_only(hub: Mapping[str, Any]) -> dict[str, Any]:
     """The hub's options for a file that holds no code."""
     return {name: hub[name] for name in HUB_OPTIONS if name in hub and name != "trust_remote_code"}

@@ -42,6 +42,7 @@ from uncausal.encoder.loading import (
     EncoderSpec,
     adapter_chain,
     adapter_folder,
+    check_vocabulary,
     hub_only,
     lacks_attention,
     local_path,
@@ -260,6 +261,7 @@ class Encoder(SentenceTransformer):
         transformer = self[0]
         if not isinstance(transformer, PackedTransformer):
             return
+        check_vocabulary(transformer.tokenizer, transformer.model)
         if self._saved_template is not None:
             transformer.template = transformer._carried = self._saved_template
         if getattr(transformer.config, "is_causal", None) is False:

@@ -249,6 +249,27 @@ def test_damaged_weights_are_told_by_name(tiny_llama, tmp_path, size):
         Encoder.from_pretrained(tmp_path, **CPU)
 
 
+@pytest.mark.parametrize("saved", [False, True])
+def test_tokenizer_of_another_model_is_refused(tiny_llama, tmp_path, saved):
+    """Its tokens beyond the embeddings were an IndexError at the first text that has one."""
+    encoder = Encoder.from_pretrained(tiny_llama, **CPU)
+    rows = encoder.backbone.get_input_embeddings().num_embeddings
+    if saved:
+        encoder.save(tmp_path)
+    else:
+        encoder.backbone.save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    tokenizer.add_tokens([f"<new {i}>" for i in range(rows - len(tokenizer) + 1)])
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match=rf"'<new \d+>' is number {rows}, and the model has {rows} embeddings"
+    ):
+        Encoder.from_pretrained(tmp_path, **CPU)
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(rows)  # as Llama's fine-tuned have it
+    tokenizer.save_pretrained(tmp_path)
+    assert np.isfinite(Encoder.from_pretrained(tmp_path, **CPU).encode(TEXTS)).all()
+
+
 def test_tokenizer_without_pad_token(tiny_llama, tmp_path):
     """Regression: a saved encoder of a Llama could not batch in plain sentence-transformers."""
     assert AutoTokenizer.from_pretrained(tiny_llama).pad_token is None
