@@ -20,6 +20,19 @@ def encoder(tiny_llama):
     return Encoder.from_pretrained(tiny_llama, dtype="float32", device="cpu")
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_text_has_the_same_bits_in_any_company(smollm2, dtype):
+    """The real model's shapes: alone, in batches of any size, in any order."""
+    encoder = Encoder.from_pretrained(smollm2, num_layers=2, dtype=dtype, device="cpu")
+    texts = [*TEXTS[:9], "fox " * 150, "jumps " * 70, "a"]
+    together = encoder.encode(texts)
+    assert np.array_equal(np.stack([encoder.encode(text) for text in texts]), together)
+    order = np.random.default_rng(0).permutation(len(texts))
+    for budget in (40, 200):
+        found = encoder.encode([texts[i] for i in order], batch_tokens=budget)
+        assert np.array_equal(found, together[order]), budget
+
+
 def test_token_batches_respect_the_budget():
     lengths = [5, 1, 9, 3, 3, 20]
     batches = token_batches(lengths, 10)
