@@ -141,8 +141,9 @@ def test_every_variant_of_every_recipe_loads(name, variant, tmp_path, monkeypatc
 
 
 def test_all_recipes_are_there():
-    assert set(list_recipes()) == {"llm2vec", "l3prune", "nv_embed", "fusion", "encoder", "code"}
-    assert all("mini" in variants for name, variants in list_recipes().items() if name != "encoder")
+    assert set(list_recipes()) == {"llm2vec", "l3prune", "nv_embed", "fusion", "encoder", "distilled", "code"}
+    small = {"encoder", "distilled"}
+    assert all("mini" in variants for name, variants in list_recipes().items() if name not in small)
     assert load_recipe("code-mini") == load_recipe("code", "mini")
     assert load_recipe("code-coder-1_5b").variant == "coder-1_5b"
 
