@@ -241,7 +241,10 @@ def cut(recipe):
         fields |= {"max_length": 8, "matryoshka_dims": [32, 16], "matryoshka_weights": [1.0, 0.5]}
         fields |= {"negatives": 1, "mini_batch_size": 2, "columns": None}
         there = vars(step.settings)
-        there.update({name: value for name, value in fields.items() if there.get(name) not in (None, [], ())})
+        unset = (None, [], (), 0)
+        there.update({name: value for name, value in fields.items() if there.get(name) not in unset})
+        if step.kind == "distill":
+            step.settings.teacher = "self"  # and not a package that may be missing
     recipe.options |= {"num_layers": 3} if "num_layers" in recipe.options else {}
     return recipe
 
