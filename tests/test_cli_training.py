@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from commands import TEXTS, run
 
+from uncausal.encoder.cli.training import scorer
+from uncausal.encoder.evaluation.sts import evaluate_sts, read_sts
 from uncausal.encoder.model import Encoder
 
 RUN = [sys.executable, "-c", "import sys; from uncausal.encoder.cli.main import main; sys.exit(main())"]
@@ -47,9 +49,23 @@ def test_run_takes_a_recipe_of_the_package_by_name(byte_llama, cli_folder, tmp_p
 
     monkeypatch.setattr("uncausal.encoder.cli.training.load_recipe", shortened)
     texts = ["--data", f"simcse={cli_folder / 'texts.txt'}", "--data", f"mntp={cli_folder / 'texts.txt'}"]
-    options = ["--variant", "mistral", "--model", byte_llama, *texts, "--json"]
+    options = ["--variant", "mistral", "--model", byte_llama, *texts, "--sts", cli_folder, "--json"]
     facts = json.loads(run(capsys, "run", "llm2vec", tmp_path / "out", *options).splitlines()[-1])
     assert facts["attention"] == "bidirectional" and (tmp_path / "out" / "stages" / "2-simcse").is_dir()
+    stages = json.loads((tmp_path / "out" / "recipe.json").read_text())["stages"]
+    scores = [stage["outcome"]["metrics"]["sts_dev_spearman"] for stage in stages]
+    found = evaluate_sts(Encoder.from_pretrained(tmp_path / "out"), read_sts(cli_folder, "dev")).spearman
+    assert len(scores) == 2 and scores[-1] == pytest.approx(found, abs=0.01)
+    assert str(scores[-1]) in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_run_scores_on_the_data_directory_where_it_can(tmp_path, cli_folder, monkeypatch):
+    monkeypatch.delenv("UNCAUSAL_DATA", raising=False)
+    assert scorer(None, None) is None and scorer(None, tmp_path) is None
+    (tmp_path / "stsbenchmark").symlink_to(cli_folder)
+    monkeypatch.setenv("UNCAUSAL_DATA", str(tmp_path))
+    encoder = Encoder.from_pretrained(cli_folder / "encoder")
+    assert scorer(None, tmp_path)(encoder) == scorer(None, None)(encoder) == scorer(cli_folder, None)(encoder)
 
 
 def interrupted(arguments, shown, *, cwd):

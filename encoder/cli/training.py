@@ -1,6 +1,7 @@
 """Commands that train: one of a stage each, and run, which follows a recipe."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,6 +10,8 @@ from tyro.conf import FlagConversionOff, Positional, UseAppendAction
 
 from uncausal.encoder.cli.encoding import read
 from uncausal.encoder.cli.options import Json, Loading, check_writable, facts, report
+from uncausal.encoder.data.local import VARIABLE
+from uncausal.encoder.evaluation.sts import evaluate_sts, read_sts
 from uncausal.encoder.training import run as training
 from uncausal.encoder.training.follow import run_recipe
 from uncausal.encoder.training.plan import plan_recipe, plan_table
@@ -67,6 +70,7 @@ def run(
     model: str | None = None,
     data: UseAppendAction[tuple[str, ...]] = (),
     data_dir: Path | None = None,
+    sts: Path | None = None,
     plan: bool = False,
     as_json: Json = False,
 ) -> None:
@@ -80,6 +84,8 @@ def run(
         model: instead of the recipe's own model.
         data: data of a stage, as STAGE=FILE.
         data_dir: folder of the recipe's sources local:NAME; by default UNCAUSAL_DATA.
+        sts: STS Benchmark file, or folder of sts-dev.csv, to score the encoder on after every stage, for its
+            model card; by default stsbenchmark/ of the data directory, where it is.
         plan: train nothing; time a step of every stage and print steps, tokens, memory and hours.
     """
     if list:
@@ -101,4 +107,16 @@ def run(
         return
     assert output is not None
     check_writable(output, folder=True)
-    report(facts(run_recipe(loaded, output, **options), output), as_json)
+    encoder = run_recipe(loaded, output, eval=scorer(sts, data_dir), **options)
+    report(facts(encoder, output), as_json)
+
+
+def scorer(sts: Path | None, data_dir: Path | None) -> Callable[[Any], dict[str, float]] | None:
+    """What scores an encoder on pairs of sentences: those given, or those of the data directory, if any."""
+    if sts is None:
+        root = data_dir or os.environ.get(VARIABLE)
+        sts = Path(root, "stsbenchmark") if root else None
+        if sts is None or not sts.is_dir():
+            return None
+    pairs = read_sts(sts, "dev")
+    return lambda encoder: {"sts_dev_spearman": round(evaluate_sts(encoder, pairs).spearman, 2)}
