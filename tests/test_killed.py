@@ -132,7 +132,7 @@ def passages(output: Path) -> list[tuple]:
 
 @pytest.mark.parametrize("command", ["convert", "encode", "index"])
 def test_killed_writing_leaves_one_of_both_and_goes_on(folder, command, tmp_path):
-    """Over an encoder, a corpus or an index of before, of which nothing is mixed with the new one's."""
+    """An encoder that replaces another is one of the two, whole; a corpus or an index goes on."""
     loading = ["--dtype=float32", "--device=cpu"]
     told = {
         "convert": lambda model, output: [model, output],
@@ -140,7 +140,7 @@ def test_killed_writing_leaves_one_of_both_and_goes_on(folder, command, tmp_path
             model,
             str(folder / "texts.txt"),
             output + "/",
-            "--rows-per-shard=4",
+            "--rows-per-shard=50",
         ],
         "index": lambda model, output: [str(folder / "project"), "--model", model, "--out", output],
     }[command]
@@ -150,22 +150,19 @@ def test_killed_writing_leaves_one_of_both_and_goes_on(folder, command, tmp_path
         output = tmp_path / name
         return run([command, *told(str(folder / model), str(output)), *loading], output, kill_at)
 
-    assert write("old", "model")[0] == 0
-    copy = shutil.copy if command == "index" else shutil.copytree
-    before = (
-        tmp_path / "old" if command == "convert" else None
-    )  # the others refuse another model, or begin anew
-    if before:
-        copy(before, tmp_path / "whole")
+    replaced = command == "convert"  # the others refuse another model's
+    if replaced:
+        assert write("old", "model")[0] == 0
+        shutil.copytree(tmp_path / "old", tmp_path / "whole")
     status, total = write("whole", "deeper")
     assert status == 0 and total > 2
     whole = contents(tmp_path / "whole")
     for number in range(KILLS):
         name, moment = f"killed-{number}", random.Random(f"{command} {number}").randint(1, total)
-        if before:
-            copy(before, tmp_path / name)
+        if replaced:
+            shutil.copytree(tmp_path / "old", tmp_path / name)
         assert write(name, "deeper", moment)[0] == -signal.SIGKILL, moment
-        if before:
-            assert contents(tmp_path / name) in (contents(before), whole), moment
+        if replaced:
+            assert contents(tmp_path / name) in (contents(tmp_path / "old"), whole), moment
         assert write(name, "deeper")[0] == 0
         assert contents(tmp_path / name) == whole, f"killed before operation {moment} of {total}"

@@ -145,6 +145,8 @@ def test_all_recipes_are_there():
     small = {"encoder", "distilled"}
     assert all("mini" in variants for name, variants in list_recipes().items() if name not in small)
     assert load_recipe("code-mini") == load_recipe("code", "mini")
+    for offline in ("encoder", "distilled"):  # what the README runs with --data-dir
+        assert all(source.startswith("local:") for source in load_recipe(offline).steps[-1].data.values())
     assert load_recipe("code-coder-1_5b").variant == "coder-1_5b"
 
 
