@@ -86,7 +86,8 @@ def whitening_map(vectors: np.ndarray, power: float = 1.0, dim: int | None = Non
 
     Returns:
         A linear module D -> `dim` (default D), directions of most variance first; its outputs have a mean
-        variance of 1 over the sample. Its weights ask for no gradient: stages train what stands before it.
+        variance of 1 over the sample. Its weights ask for no gradient, until it is saved and loaded: stages
+        train what stands before it.
     """
     count, width = vectors.shape
     if count < width:

@@ -113,9 +113,9 @@ def test_a_dataset_of_the_hub_may_stream(monkeypatch, streaming):
         return Dataset.from_dict({"text": TEXTS}).to_iterable_dataset() if streaming else [{"text": TEXTS[0]}]
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
-    rows = read_rows("wiki/dump:en@validation", streaming=streaming)
-    assert next(rows) == ("wiki/dump:en@validation: row 1", {"text": TEXTS[0]})
-    known = {"path": "wiki/dump", "configuration": "en", "split": "validation"}
+    rows = read_rows("wiki/dump:en@train[:9]", streaming=streaming)
+    assert next(rows) == ("wiki/dump:en@train[:9]: row 1", {"text": TEXTS[0]})
+    known = {"path": "wiki/dump", "configuration": "en", "split": "train[:9]"}
     assert asked == {**known, "streaming": streaming}
 
 
@@ -212,6 +212,11 @@ def test_read_pairs_sets_tasks_and_ids(caplog):
     assert read_pairs([{**ROW, "label": x} for x in "pqp"])["label"] == [0, 1, 0]
     assert read_pairs([{**ROW, "instruction": "find"}] * 2)["instruction"] == ["find", "find"]
     assert read_pairs([ROW, {**ROW, "instruction": "find"}])["instruction"] == ["", "find"]
+    assert read_pairs([{**ROW, "instruction": ""}, {**ROW, "instruction": "find"}])["instruction"] == [
+        "",
+        "find",
+    ]
+    assert "label" not in read_pairs([{**ROW, "id": "", "task": ""}] * 2).column_names
 
 
 @pytest.mark.parametrize(
@@ -232,6 +237,7 @@ def test_read_pairs_sets_tasks_and_ids(caplog):
         ([ROW], {"columns": ("anchor", "positive", "n")}, r":1: no field 'n'"),
         ([{**ROW, "id": 1}, ROW], {}, r":2: some rows of the set have an id or a label, and some have none"),
         ([], {}, r"a\.jsonl holds no rows"),
+        ([{**ROW, "label": 1}, {**ROW, "label": 0}], {}, r":1: the field 'label' is 0 or 1 .*name it score"),
         ([{**ROW, "id": [1]}], {}, r":1: an id or a label is a name or a number; found \[1\]"),
         ([{"text": "a", "label": {}}], {}, r":1: an id or a label is a name or a number; found {}"),
         ([{"text": "a", "label": 1}, {"text": "b"}], {}, r":2: no field 'label'"),

@@ -1,6 +1,7 @@
 """Distillation: what the student learns, and which vectors are refused."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -97,8 +98,11 @@ def test_own_full_depth_teaches_the_pruned(tiny_checkpoint, tmp_path):
     assert len(student) == 2 and student.get_embedding_dimension() == 32
     np.testing.assert_allclose(np.load(file), load(tiny_checkpoint).encode(TEXTS), atol=1e-5)
     assert json.loads(file.with_suffix(".json").read_text())["teacher"] == str(tmp_path / "teacher")
-    changed = Distill(teacher="no such model", vectors=str(file))
-    assert np.allclose(np.linalg.norm(changed.targets(TEXTS, "cpu"), axis=1), 1)
+    kept = Distill(vectors=str(file))
+    assert np.allclose(np.linalg.norm(kept.targets(TEXTS, "cpu"), axis=1), 1)
+    for changed in (replace(stage, teacher="another"), replace(stage, teacher_prompt="query: ")):
+        with pytest.raises(ValueError, match="vectors of another teacher than .*, or with another prompt"):
+            changed.targets(TEXTS, "cpu")
 
 
 def test_map_does_not_depend_on_who_wrote_the_vectors(tiny_checkpoint, tmp_path):

@@ -74,6 +74,13 @@ def test_copies_of_a_positive_are_no_negatives():
     assert row["negative"] == "false"
 
 
+def test_positives_of_one_id_are_no_negatives():
+    """Classes are made pairs by drawing a classmate, and all other classmates would be candidates."""
+    rows = [{"anchor": f"cat {i}", "positive": f"cat {i + 1}", "label": 0} for i in range(3)]
+    with pytest.raises(ValueError, match="'cat 0' and 'cat 1' have one id or class and two positives"):
+        Mining(num_negatives=1).mine(Dataset.from_list(rows), "bm25")
+
+
 def test_rows_without_enough_negatives_are_dropped_or_refused():
     rows = mined(pairs=[("query", "right"), ("other", "far")], num_negatives=2, relative_margin=0.2)
     assert [row["id"] for row in rows] == [0]

@@ -184,6 +184,26 @@ def test_recipe_without_data_whitens_the_texts_of_the_next_pairs(checkpoint, tmp
     assert sum(text in {a for a, _ in PAIRS} for text in seen) == 50
 
 
+def test_borrowed_pairs_are_read_as_the_lending_stage_reads_them(checkpoint, tmp_path):
+    """Its columns and its least score; whitening has no such settings of its own."""
+    rows = [{"ask": a, "answer": p, "score": i % 2} for i, (a, p) in enumerate(PAIRS)]
+    recipe = RECIPE.replace('data = "texts.txt"', "").replace('data = "pairs.jsonl"', "")
+    (tmp_path / "r.toml").write_text(recipe.replace("max_texts = 200", "max_texts = 9999"))
+    seen, real = [], Whitening.fit
+
+    def watched(self, encoder, texts, **options):
+        seen.extend(texts)
+        return real(self, encoder, texts, **options)
+
+    loaded = load_recipe(tmp_path / "r.toml")
+    vars(loaded.steps[-1].settings).update(columns=("ask", "answer"), min_score=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Whitening, "fit", watched)
+        options = {"model": str(checkpoint), "device": "cpu", "dtype": "float32", "progress": False}
+        run_recipe(loaded, tmp_path / "out", data={"contrastive": rows}, **options)
+    assert sorted(seen) == sorted(text for pair in PAIRS[1::2] for text in pair)
+
+
 def test_what_cannot_be_is_told(checkpoint, tmp_path):
     with pytest.raises(ValueError, match="needs at least as many texts; there are 9"):
         load(checkpoint).whiten(TEXTS[:9])

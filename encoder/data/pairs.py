@@ -241,6 +241,13 @@ def _pairs(
     if names == PAIR_NAMES[-1] and all("score" not in row and LABEL in row for _, row in rows):
         relation = LABEL
     needed = options.min_score is not None or options.scored and any(relation in row for _, row in rows)
+    if relation != LABEL and any(_is_zero(row.get(LABEL)) and "id" not in row for _, row in rows):
+        place, kinds = rows[0][0], {str(row.get(LABEL)) for _, row in rows}
+        if kinds <= {"0", "1", "0.0", "1.0", "True", "False"}:
+            raise DataError(
+                f"{place}: the field {LABEL!r} is 0 or 1 in every row: if it says which positives are right, "
+                "name it score and choose min_score=1; if it is a class, name it id"
+            )
     found, unused = [], set()
     for place, row in rows:
         score = None
@@ -270,7 +277,8 @@ def _pairs(
                     raise DataError(f"{place}: the field {name!r} equals the field {names[1]!r}: {text!r}")
                 pair.negatives.append(text)
         pair.task, pair.instruction = _optional(row, "task", place), _optional(row, "instruction", place)
-        pair.id = row.get("id", None if relation == LABEL else row.get(LABEL))
+        named = row.get("id", None if relation == LABEL else row.get(LABEL))
+        pair.id = None if named == "" else named  # how CSV writes that there is none
         _check_name(pair.id, place)
         unused |= row.keys() - {*names, *fields, relation, "task", "instruction", "id"}
         if "id" not in row:
@@ -357,7 +365,11 @@ def _text(row: Mapping[str, Any], name: str, place: str) -> str:
 
 
 def _optional(row: Mapping[str, Any], name: str, place: str) -> str | None:
-    return None if row.get(name) is None else _text(row, name, place)
+    return None if row.get(name) in (None, "") else _text(row, name, place)
+
+
+def _is_zero(value: Any) -> bool:
+    return value is False or value in ("0", "0.0", "False") or isinstance(value, int | float) and value == 0
 
 
 def _number(value: Any, name: str, place: str) -> float:

@@ -35,7 +35,8 @@ def read_rows(source: str | Path, *, streaming: bool = False) -> Iterator[tuple[
         return
     path = Path(name).expanduser()
     suffixes = [s for s in path.suffixes if s != ".gz"][-1:]
-    if not path.exists() and set(name) & set("*?["):
+    # a bracket behind @ is a slice of a dataset's split
+    if not path.exists() and (set(name) & set("*?") or "[" in name.partition("@")[0]):
         files = sorted(file for file in glob(str(path), recursive=True) if Path(file).is_file())
         if not files:
             raise FileNotFoundError(f"no file fits {name}")

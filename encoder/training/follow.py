@@ -24,7 +24,7 @@ from uncausal.encoder.training.ranks import process_state, together
 from uncausal.encoder.training.recipes import SELF, Recipe, Step
 from uncausal.encoder.training.run import train
 from uncausal.encoder.training.stages.base import Stage
-from uncausal.encoder.training.stages.distill import Distill, teacher_of
+from uncausal.encoder.training.stages.distill import Distill
 from uncausal.encoder.whitening import LinearMap, Whitening, append_linear
 
 logger = logging.getLogger(__name__)
@@ -109,12 +109,13 @@ def settings_of(step: Step, teacher: Path | None, folder: Path, resume: bool = T
     if not isinstance(stage, Distill) or stage.vectors is not None:
         return stage
     folder.mkdir(parents=True, exist_ok=True)
-    file, own = folder / VECTORS, stage.teacher == SELF
+    file = folder / VECTORS
+    if stage.teacher == SELF:
+        stage = replace(stage, teacher=str(teacher))
     with together():
-        kept = resume and (own or teacher_of(file) == stage.teacher)
-        if PartialState().is_main_process and not kept:
+        if PartialState().is_main_process and not (resume and stage.wrote(file)):
             file.unlink(missing_ok=True)
-    return replace(stage, teacher=str(teacher) if own else stage.teacher, vectors=str(file))
+    return replace(stage, vectors=str(file))
 
 
 def choose(step: Step, encoder: Encoder, folder: Path, data_dir: Any, resume: bool, progress: bool) -> Choice:
@@ -124,8 +125,7 @@ def choose(step: Step, encoder: Encoder, folder: Path, data_dir: Any, resume: bo
         "settings": asdict(pruning),
         "data": repr(step.data) if pruning.needs_data else None,
         "pooling": encoder.pooling,
-        "layers": encoder.num_layers,
-        "model": str(encoder.backbone.config._name_or_path),
+        "weights": weights_digest(encoder),
     }
     file = folder / CHOICE
     if resume and file.exists():
@@ -181,10 +181,14 @@ def texts_of_pairs(pairs: Dataset | DatasetDict, count: int) -> list[str]:
 
 
 def save_once(encoder: Encoder, folder: Path, resume: bool) -> None:
-    """Save the encoder for a later stage to learn from."""
+    """Save the encoder for a later stage to learn from, unless it is there already."""
+    note, digest = folder.with_suffix(".json"), weights_digest(encoder)
     with together():
-        if PartialState().is_main_process and not (resume and folder.exists()):
+        known = resume and folder.exists() and note.exists() and json.loads(note.read_text()) == digest
+        if PartialState().is_main_process and not known:
             encoder.save_pretrained(str(folder))
+            with staged_file(note) as out:
+                out.write(json.dumps(digest).encode())
 
 
 def save(encoder: Encoder, output: Path, recipe: Recipe, model: str, records: list[dict[str, Any]]) -> None:

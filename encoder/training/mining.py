@@ -18,6 +18,8 @@ from sentence_transformers.util import mine_hard_negatives
 from torch import Tensor
 from transformers import set_seed
 
+from uncausal.encoder.data.pairs import LABEL
+
 logger = logging.getLogger(__name__)
 
 SCORES_BYTES = 256 << 20  # scores of a chunk of queries against the whole corpus
@@ -73,7 +75,7 @@ class Mining:
             The rows for which enough negatives were found.
 
         Raises:
-            ValueError: no pair, or no row with enough negatives.
+            ValueError: no pair, no row with enough negatives, or several positives of one id or class.
         """
         rows = pairs.to_list()
         if not rows:
@@ -86,6 +88,7 @@ class Mining:
         model: Any = teacher
         if isinstance(teacher, str):
             model = BM25() if teacher.lower() == "bm25" else SentenceTransformer(teacher)
+        check_ids(rows)
         size = len({*documents, *(row["positive"] for row in rows)})
         set_seed(self.seed)
         mined = mine_hard_negatives(
@@ -162,6 +165,20 @@ class BM25:
         chosen, among = (np.asarray(rows)[:, 0] for rows in (queries, documents))
         products = self.queries[chosen].multiply(self.documents[among])
         return torch.from_numpy(np.asarray(products.sum(1), dtype=np.float32)[:, 0])
+
+
+def check_ids(rows: list[dict[str, Any]]) -> None:
+    """Refuse rows whose ids say that one's positive is right for another: it would be mined as a negative."""
+    positive: dict[Any, tuple[str, str]] = {}
+    for row in rows:
+        this = row["anchor"], row["positive"]
+        anchor, known = positive.setdefault(row.get(LABEL, row["anchor"]), this)
+        if known != row["positive"] and anchor != row["anchor"]:
+            raise ValueError(
+                f"{anchor!r} and {row['anchor']!r} have one id or class and two positives, each of which "
+                "would be mined as a negative of the other: leave the ids out, or train on the classes as "
+                "they are, whose negatives are of other classes"
+            )
 
 
 def _folded(text: str) -> str:

@@ -124,7 +124,9 @@ def tokens_of_row(encoder: Encoder, stage: Stage, data: Any) -> float:
         weights = [stage.weights.get(name, 1.0) * len(part) for name, part in sets.items()]
         columns = [_columns(part) for part in sets.values()]
     else:
-        columns = [[data[:SAMPLE]] * (2 if isinstance(stage, SimCSE) else 1)]
+        # sets stand one after another
+        sample = random.Random(0).sample(data, min(SAMPLE, len(data)))
+        columns = [[sample] * (2 if isinstance(stage, SimCSE) else 1)]
     means = [sum(mean(_lengths(encoder, texts, limit)) for texts in part) for part in columns]
     return sum(w * m for w, m in zip(weights, means, strict=True)) / sum(weights)
 

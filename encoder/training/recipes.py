@@ -20,7 +20,7 @@ from typing import Any
 
 import uncausal
 from uncausal.encoder.data.local import PREFIX, SETS, check_local, local_rows, split_name
-from uncausal.encoder.data.pairs import LABEL
+from uncausal.encoder.data.pairs import LABEL, read_pairs
 from uncausal.encoder.data.texts import read_texts
 from uncausal.encoder.pooling import POOLING_MODES
 from uncausal.encoder.pruning import Pruning
@@ -57,18 +57,18 @@ class Step:
         settings: what it is trained with, how many layers are kept, or how its vectors are whitened.
         data: a source, or set name -> source; None where the caller must give it.
         pooling: what the encoder pools with from here on; None keeps what it has.
-        borrowed: the data are the pairs of a later stage.
+        lender: the later stage whose pairs the data are.
     """
 
     kind: str
     settings: Stage | Pruning | Whitening
     data: Any = None
     pooling: str | None = None
-    borrowed: bool = False
+    lender: Any = None
 
     @property
     def takes_pairs(self) -> bool:
-        return isinstance(self.settings, Contrastive | Pruning) or self.borrowed
+        return isinstance(self.settings, Contrastive | Pruning) or self.lender is not None
 
     @property
     def needs_data(self) -> bool:
@@ -79,7 +79,9 @@ class Step:
         several = isinstance(self.data, Mapping) and all(isinstance(s, str) for s in self.data.values())
         sets = {name: _read(source, folder) for name, source in self.data.items()} if several else None
         if self.takes_pairs:
-            return _read(self.data, folder) if sets is None else sets
+            data = _read(self.data, folder) if sets is None else sets
+            told = {name: getattr(self.lender, name, None) for name in ("columns", "min_score")}
+            return read_pairs(data, **told) if any(x is not None for x in told.values()) else data
         parts = [_read(self.data, folder)] if sets is None else list(sets.values())
         return [text for part in parts for text in _texts(part)]
 
@@ -118,9 +120,9 @@ class Recipe:
         steps = [replace(step, data=given.get(step.kind, step.data)) for step in self.steps]
         for number, step in enumerate(steps):
             if step.kind in ("prune", "whiten") and step.needs_data and step.data is None:
-                later = (s.data for s in steps[number + 1 :] if s.takes_pairs and s.data is not None)
-                step.data = next(later, None)
-                step.borrowed = step.data is not None
+                later = (s for s in steps[number + 1 :] if s.takes_pairs and s.data is not None)
+                if lender := next(later, None):
+                    step.data, step.lender = lender.data, lender.settings
         missing = list(dict.fromkeys(s.kind for s in steps if s.needs_data and s.data is None))
         if missing:
             raise RecipeError(

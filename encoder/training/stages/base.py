@@ -42,8 +42,8 @@ class Stage:
         lr_scheduler_type: how it falls afterwards, by the Trainer's names.
         weight_decay: of AdamW.
         max_grad_norm: gradients are scaled down to this norm.
-        lora_r: rank of the adapter; 0 trains all weights, those of half precision as float32 until the stage
-            ends.
+        lora_r: rank of the adapter; 0 trains the layers' own weights, in float32 until the stage ends where
+            they have half precision; the norm behind them stays as it is.
         lora_alpha: the adapter's output is scaled by lora_alpha / lora_r.
         lora_rslora: scale by lora_alpha / sqrt(lora_r) instead, for high ranks (rsLoRA, arXiv 2312.03732).
         lora_dropout: on the adapter's input.

@@ -104,7 +104,7 @@ class Distill(PairStage):
                     raise FileNotFoundError(f"no such file of vectors: {file}; name a teacher to write it")
                 vectors = self._taught(texts, device)
                 with staged_file(_note(file)) as out:  # first: vectors without a note would be anyone's
-                    out.write(json.dumps({"teacher": self.teacher, "texts": digest}).encode())
+                    out.write(json.dumps({**self._teacher(), "texts": digest}).encode())
                 with staged_file(file) as out:
                     np.save(out, vectors)
         try:
@@ -115,12 +115,31 @@ class Distill(PairStage):
             raise ValueError(f"{file}: expected a row of floats a text, got {vectors.dtype} {vectors.shape}")
         note = _note(file)
         written_for = json.loads(note.read_text())["texts"] if note.exists() else digest
+        if self.teacher is not None and note.exists() and not self.wrote(file):
+            raise ValueError(
+                f"{file}: holds the vectors of another teacher than {self.teacher!r}, or with another "
+                "prompt; name another file or remove it"
+            )
         if len(vectors) != len(texts) or written_for != digest:
             raise ValueError(
                 f"{file}: holds the vectors of {len(vectors)} other texts, not of these {len(texts)}; "
                 "name another file or remove it"
             )
         return vectors
+
+    def wrote(self, file: Path) -> bool:
+        """Whether a file holds vectors of this stage's teacher."""
+        note = _note(file)
+        if not (file.exists() and note.exists()):
+            return False
+        known, wanted = json.loads(note.read_text()), self._teacher()
+        return {name: known.get(name) for name in wanted} == wanted
+
+    def _teacher(self) -> dict[str, Any]:
+        """Whose vectors these are; beside a folder that a recipe saved stands what its weights were."""
+        weights = Path(f"{self.teacher}.json")
+        saved = weights.read_text() if weights.is_file() else None
+        return {"teacher": self.teacher, "prompt": self.teacher_prompt, "weights": saved}
 
     def _taught(self, texts: list[str], device: str) -> np.ndarray:
         """The teacher's vectors as it gives them, float32."""
@@ -174,12 +193,6 @@ def text_digest(texts: Iterable[str]) -> str:
     for text in texts:
         digest.update(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest())
     return digest.hexdigest()[:16]
-
-
-def teacher_of(file: Path) -> str | None:
-    """Return who taught the vectors of a file, or None where no note beside it tells."""
-    note = _note(file)
-    return json.loads(note.read_text())["teacher"] if note.exists() else None
 
 
 def _note(file: Path) -> Path:
