@@ -287,9 +287,8 @@ pooling = "latent"
     stages = tmp_path / "out" / "stages"
     teacher = Encoder(str(stages / "2-prune" / "teacher"), device="cpu")
     assert teacher.num_layers == 4 and teacher.pooling == "mean" and first.num_layers < 4
-    np.testing.assert_allclose(
-        np.load(stages / "3-distill" / "vectors.npy"), teacher.encode(TEXTS), atol=1e-4
-    )
+    taught = teacher.encode(TEXTS)
+    np.testing.assert_allclose(np.load(stages / "3-distill" / "vectors.npy"), taught, atol=1e-4)
 
     def computed(*args, **kwargs):
         raise AssertionError("the curve was computed again")
@@ -297,9 +296,17 @@ pooling = "latent"
     monkeypatch.setattr(Pruning, "choose", computed)
     again = run_recipe(recipe, tmp_path / "out", **options)
     np.testing.assert_array_equal(again.encode(TEXTS[:5]), first.encode(TEXTS[:5]))
-    recipe.steps[1].settings.triplets = 12
+    # of other weights, as a plan has that times the stages before and takes them back
+    recipe.steps[0].settings.seed = 9
+    shutil.rmtree(stages / "1-contrastive")
     with pytest.raises(AssertionError, match="computed again"):
         run_recipe(recipe, tmp_path / "out", **options)
+    assert not np.array_equal(
+        Encoder(str(stages / "2-prune" / "teacher"), device="cpu").encode(TEXTS), taught
+    )
+    recipe.steps[0].settings.seed, recipe.steps[1].settings.triplets = 42, 12
+    with pytest.raises(AssertionError, match="computed again"):
+        run_recipe(recipe, tmp_path / "out", resume=False, **options)
     unpruned = text.replace('[[stage]]\nkind = "prune"\n', "")
     with pytest.raises(RecipeError, match=r"stage 2: teacher 'self' needs a prune stage before it"):
         load_recipe(write(tmp_path / "s.toml", unpruned))
