@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -107,3 +109,12 @@ def token_batches(lengths: Sequence[int], budget: int, size: int | None = None) 
         batches[-1].append(index)
         room -= lengths[index]
     return batches
+
+
+def release_memory() -> None:
+    """Give what glibc holds of freed memory back to the system.
+
+    Batches of ever other shapes leave a heap of holes that grew from 7 to 14 GB in 400 steps on a CPU.
+    """
+    if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "malloc_trim"):
+        library.malloc_trim(0)

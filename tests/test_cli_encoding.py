@@ -49,6 +49,15 @@ def test_encode_reads_jsonl_from_stdin(cli_folder, tmp_path, capsys, monkeypatch
     np.testing.assert_allclose(np.load(output), expected, atol=1e-5)
 
 
+def test_a_blank_row_is_told_and_not_left_out(cli_folder, tmp_path, capsys):
+    """Vectors stood beside other rows than their own."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("a", " ", "b")))
+    for output in (tmp_path / "v.npy", f"{tmp_path}/v/"):
+        said = run(capsys, "encode", cli_folder / "encoder", rows, output, status=1)
+        assert "rows.jsonl:2: the text is empty" in said
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

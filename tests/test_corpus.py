@@ -139,6 +139,22 @@ def test_unfinished_corpus_is_not_read(encoder, whole, tmp_path):
         read_corpus(tmp_path)
 
 
+def test_a_corpus_of_two_inputs_is_not_read(encoder, whole, tmp_path):
+    """A run over other texts that stops after a shard left the old mark of a finished corpus."""
+    for name, content in whole.items():
+        (tmp_path / name).write_bytes(content)
+    changed = iter([(id, f"{text} two apples") for id, text in ROWS[:20]])
+
+    def stops():
+        yield from (row for row, _ in zip(changed, range(12), strict=False))
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        encode_corpus(encoder, stops(), tmp_path, SETTINGS)
+    with pytest.raises(ValueError, match="holds no corpus that is finished"):
+        read_corpus(tmp_path)
+
+
 def test_another_model_is_refused(tiny_checkpoint, whole, tmp_path):
     """Regression: a causal, a framed or a cutting encoder took the shards of the plain one for its own."""
     (tmp_path / "manifest.json").write_bytes(whole["manifest.json"])

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from uncausal.encoder.data.local import local_rows, words_of
 from uncausal.encoder.evaluation.suite import all_texts, choose_tasks, mini_suite
 from uncausal.encoder.evaluation.tasks import Classification, Retrieval
 
@@ -36,6 +37,18 @@ def test_suite_has_eight_families(suites, split, least, most):
 
 def test_splits_share_no_text(suites):
     assert not all_texts(suites["dev"]) & all_texts(suites["test"])
+
+
+def test_no_pair_is_trained_on(suites, data_dir):
+    """nli_triples has SNLI's dev set tokenised, so that equal texts do not look equal."""
+    rows = list(local_rows("local:nli", data_dir))
+    known = {
+        (words_of(row["anchor"]), words_of(row[name])) for row in rows for name in ("positive", "negative")
+    }
+    for split, least in (("dev", 400), ("test", 500)):
+        [pairs] = [task.pairs for task in suites[split] if task.name == "snli"]
+        assert len(pairs) >= least
+        assert known.isdisjoint((words_of(pair.first), words_of(pair.second)) for pair in pairs)
 
 
 def test_sts_benchmark_is_whole(suites):

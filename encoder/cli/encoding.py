@@ -102,7 +102,7 @@ def encode(
             file=sys.stderr,
         )
         return
-    texts = read(input, column)
+    texts = read(input, column, skip_empty=False)
     encoder = load(model, loading, int8)
     vectors = encoder.encode(
         texts,
@@ -250,11 +250,11 @@ def search_index(
     ]
 
 
-def read(source: str, column: str) -> list[str]:
+def read(source: str, column: str, *, skip_empty: bool = True) -> list[str]:
     """Read the texts of a source, which must hold one at least."""
     from uncausal.encoder.data.texts import read_texts
 
-    texts = list(read_texts(source, column))
+    texts = list(read_texts(source, column, skip_empty=skip_empty))
     if not texts:
         raise ValueError(f"{source}: holds no text")
     return texts

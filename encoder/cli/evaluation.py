@@ -200,12 +200,16 @@ def evaluate_by_mteb(
     from uncausal.encoder.evaluation.mteb import evaluate_mteb, main_scores
     from uncausal.encoder.evaluation.suite import mini_suite
 
-    own = [] if data_dir is None or split == "train" else mini_suite(data_dir, split)
-    try:
-        for name in set(names) - {task.name for task in own}:
+    own, unknown = [], {}
+    for name in names:
+        try:
             mteb.get_task(name)
-    except KeyError as error:
-        raise ValueError(f"--mteb: {str(error.args[0]).removeprefix('KeyError: ')}") from None
+        except KeyError as error:
+            unknown[name] = str(error.args[0]).removeprefix("KeyError: ")
+    if unknown and data_dir is not None and split != "train":
+        own = mini_suite(data_dir, split)
+    for name in unknown.keys() - {task.name for task in own}:
+        raise ValueError(f"--mteb: {unknown[name]}")
     options, scores = loading.options(*models), {}
     for model in models:
         encoder = load_model(model, **options)

@@ -12,6 +12,7 @@ from uncausal.encoder.cli.encoding import read
 from uncausal.encoder.cli.options import Json, Loading, check_writable, facts, report
 from uncausal.encoder.data.local import VARIABLE
 from uncausal.encoder.evaluation.sts import evaluate_sts, read_sts
+from uncausal.encoder.files import check_replaceable
 from uncausal.encoder.training import run as training
 from uncausal.encoder.training.follow import run_recipe
 from uncausal.encoder.training.plan import plan_recipe, plan_table
@@ -46,6 +47,7 @@ def train_command(kind: str) -> Callable[..., None]:
             no_resume: start again even if checkpoints are there.
         """
         check_writable(output, folder=True)
+        check_replaceable(output)
         encoder = loading.load(model)
         source = data if issubclass(cls, Contrastive) else read(data, column)
         training.train(encoder, stage, source, output / "training", resume=not no_resume)
@@ -107,6 +109,7 @@ def run(
         return
     assert output is not None
     check_writable(output, folder=True)
+    check_replaceable(output)
     encoder = run_recipe(loaded, output, eval=scorer(sts, data_dir), **options)
     report(facts(encoder, output), as_json)
 

@@ -183,7 +183,7 @@ def wordnet(root: Path) -> Iterator[str]:
     The database is WNSEARCHDIR, WordNet's own variable, or that of Debian's package wordnet-base. Definitions
     that STS tasks ask about (OnWN, FNWN) are left out.
     """
-    held_out = {_plain(field) for file in (root / "semeval_sts").rglob("*.tsv") for field in _fields(file)}
+    held_out = {words_of(field) for file in (root / "semeval_sts").rglob("*.tsv") for field in _fields(file)}
     for kind in ("noun", "verb", "adj", "adv"):
         with open(wordnet_dir() / f"data.{kind}", encoding="utf-8") as lines:
             for line in lines:
@@ -193,7 +193,7 @@ def wordnet(root: Path) -> Iterator[str]:
                 fields = record.split()
                 names = [re.sub(r"\(\w+\)$", "", name) for name in fields[4 : 4 + 2 * int(fields[3], 16) : 2]]
                 definition = gloss.split('; "')[0]
-                if held_out.isdisjoint(map(_plain, (gloss, definition, *definition.split(";")))):
+                if held_out.isdisjoint(map(words_of, (gloss, definition, *definition.split(";")))):
                     yield f"{', '.join(names).replace('_', ' ')}: {gloss}"
 
 
@@ -241,7 +241,7 @@ def _fields(path: Path) -> Iterator[str]:
     return (field for line in path.read_text(encoding="utf-8").splitlines() for field in line.split("\t"))
 
 
-def _plain(text: str) -> str:
+def words_of(text: str) -> str:
     """Words alone, in lower case."""
     return " ".join(re.findall(r"\w+", text.lower()))
 

@@ -11,23 +11,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from uncausal.encoder.data.rows import is_plain, read_rows, text_field
+from uncausal.encoder.data.rows import DataError, is_plain, read_rows, text_field
 
 
-def read_texts(source: str | Path, column: str = "text", *, limit: int | None = None) -> Iterator[str]:
+def read_texts(
+    source: str | Path, column: str = "text", *, limit: int | None = None, skip_empty: bool = True
+) -> Iterator[str]:
     """Read texts one at a time, skipping blank ones.
 
     Args:
         source: a file, a dataset's name, or "-" for stdin (text, or JSONL if the first line starts with "{").
         column: the field that holds the text, where the format has fields.
         limit: stop after so many texts.
+        skip_empty: leave out rows whose field is blank, or refuse them; blank lines of plain text are always
+            left out.
 
     Returns:
         The texts, in order.
 
     Raises:
         FileNotFoundError: no such file.
-        DataError: not UTF-8, a malformed line or a missing field; the message has the line number.
+        DataError: not UTF-8, a malformed line, a missing or refused field; the message has the line number.
     """
     count = 0
     for where, row in read_rows(source):
@@ -37,6 +41,10 @@ def read_texts(source: str | Path, column: str = "text", *, limit: int | None = 
         if text.strip():
             count += 1
             yield text
+        elif not (skip_empty or is_plain(row)):
+            raise DataError(
+                f"{where}: the text is empty, and there is no vector of nothing; leave the row out"
+            )
 
 
 def chunk_texts(

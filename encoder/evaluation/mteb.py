@@ -35,6 +35,7 @@ from uncausal.encoder.evaluation.tasks import (
     Retrieval,
     Task,
 )
+from uncausal.encoder.model import Encoder
 
 SPLIT = "test"  # the only split that a local task has, whichever of the suite it was made of
 
@@ -99,6 +100,8 @@ def evaluate_mteb(
     tasks = [local_task(own[name]) if name in own else mteb.get_task(name) for name in names]
     encoder: Any = InstructedEncoder(model, instruct)
     options: Any = {"batch_size": 32, "show_progress_bar": False, **encode_options}
+    if isinstance(model, Encoder):  # some of MTEB's corpora have empty documents
+        options = {"on_empty": "zero", **options}
     return mteb.evaluate(encoder, tasks, cache=None, encode_kwargs=options, show_progress_bar=False)
 
 

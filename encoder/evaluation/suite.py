@@ -30,6 +30,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from uncausal.encoder.data.local import words_of
 from uncausal.encoder.evaluation.sts import ScoredPair, read_sts
 from uncausal.encoder.evaluation.tasks import (
     STS,
@@ -253,11 +254,17 @@ def _clinc150(data_dir: Path, split: Split, taken: set[str]) -> list[Task]:
 
 
 def _snli(data_dir: Path, split: Split, taken: set[str]) -> list[Task]:
-    pairs = []
+    pairs, known = [], set()
+    triples = data_dir / "nli_triples" / "snli_dev_triples.tsv.gz"
+    if split == "dev" and triples.exists():  # recipes train on them, tokenised another way
+        with gzip.open(triples, "rt", encoding="utf8") as file:
+            known = {words_of(line.split("\t")[0]) for line in file}
     with gzip.open(data_dir / "snli_dev_test" / f"snli_{split}.tsv.gz", "rt", encoding="utf8") as file:
         for line in file:
             label, premise, hypothesis = (field.strip() for field in line.split("\t"))
-            if label in ("entailment", "contradiction") and not taken & {premise, hypothesis}:
+            if label not in ("entailment", "contradiction") or words_of(premise) in known:
+                continue
+            if not taken & {premise, hypothesis}:
                 pairs.append(ScoredPair(premise, hypothesis, float(label == "entailment")))
     return [
         PairClassification(

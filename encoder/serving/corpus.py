@@ -29,7 +29,7 @@ from sentence_transformers import SentenceTransformer
 from tqdm.auto import tqdm
 
 import uncausal
-from uncausal.encoder.batching import iter_encode
+from uncausal.encoder.batching import iter_encode, release_memory
 from uncausal.encoder.data.rows import DataError, read_rows, text_field
 from uncausal.encoder.files import staged_file
 from uncausal.encoder.inputs import tokenizer_state
@@ -249,6 +249,7 @@ def encode_shard(
         tokens += sum(batch.token_counts)
     table = pa.table({"id": [id for id, _ in rows], **_columns(vectors, settings)})
     file = _shard(output, number)
+    (output / INPUT).unlink(missing_ok=True)  # with this shard the corpus is another, until a run ends
     with staged_file(file) as out:
         pq.write_table(table, out)
     note = {
@@ -259,6 +260,7 @@ def encode_shard(
     }
     with staged_file(_note(file)) as out:
         out.write(json.dumps(note).encode())
+    release_memory()
     return tokens
 
 

@@ -4,10 +4,8 @@ It saves only what is trained and finite, swaps checkpoints in whole, counts rea
 processes of a run in step.
 """
 
-import ctypes
 import math
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,6 +23,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from uncausal.encoder import attention as packed_attention
+from uncausal.encoder.batching import release_memory
 from uncausal.encoder.training.checkpoints import UNWANTED, checkpoints
 from uncausal.encoder.training.lora import load_trainable, save_trainable
 from uncausal.encoder.training.ranks import anywhere, together, total
@@ -117,15 +116,6 @@ class StageTrainer(Trainer):
             if self.args.should_save:
                 shutil.rmtree(staging, ignore_errors=True)
             self._staging = None
-
-
-def release_memory() -> None:
-    """Give what glibc holds of freed memory back to the system.
-
-    Batches of ever other shapes leave a heap of holes that grew from 7 to 14 GB in 400 steps on a CPU.
-    """
-    if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "malloc_trim"):
-        library.malloc_trim(0)
 
 
 def count_tokens(inputs: dict[str, Any]) -> int:
