@@ -241,7 +241,7 @@ def test_prune_refuses(cli_folder, tmp_path, capsys, extra, message):
         (["search", "encoder", "texts.txt"], "one or more queries"),
         (
             ["run", "missing.toml", "out"],
-            "no recipe 'missing.toml': give a TOML file or one of code, encoder, ",
+            "no recipe 'missing.toml': give a TOML file or one of code, distilled, ",
         ),
         (["run", "llm2vec", "out", "--variant", "mistral"], "--data simcse=FILE"),
         (["run", "llm2vec"], "takes a RECIPE and an OUTPUT"),

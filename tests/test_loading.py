@@ -158,7 +158,7 @@ def test_adapter_on_a_head_is_refused(tiny_llama, tmp_path):
 @pytest.mark.parametrize("attention", ["uncausal", "sdpa", "eager"])
 def test_saved_encoder_is_proved_anew(tiny_llama, tmp_path, attention, monkeypatch):
     """StableLM under sdpa reads its layers' own flag, which is not saved: it came back causal."""
-    model = tiny_model("stablelm", "eager")
+    model = tiny_model("stablelm", "eager", vocab_size=512)
     model.save_pretrained(tmp_path / "base")
     AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path / "base")
     options = {"attention": attention, **CPU}
@@ -291,7 +291,7 @@ def test_tokenizer_without_any_special_token(tiny_llama):
 @pytest.mark.parametrize("family, found", [("bloom", "eager"), ("falcon", "sdpa"), ("llama4_text", "sdpa")])
 def test_attention_auto_falls_back(tiny_llama, tmp_path, caplog, family, found):
     """Models with no form for the packed attention are encoded with torch's, and say so once."""
-    tiny_model(family, "eager").save_pretrained(tmp_path)
+    tiny_model(family, "eager", vocab_size=512).save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path)
     bidirectional = None if family != "llama4_text" else False
     options = {"max_seq_length": 32, "bidirectional": bidirectional, **CPU}
