@@ -380,3 +380,10 @@ def _around(head: list[int], tail: list[int], backend: Any) -> TemplateProcessin
     ]
     pieces = [*(["before"] if head else []), "$A", *(["behind"] if tail else [])]
     return TemplateProcessing(single=pieces, pair=[*pieces, "$B:1"], special_tokens=special)
+
+
+def own_prompt(encoder: Any, prompt: str | None) -> str | None:
+    """The prompt that is given, or else the one that the encoder was saved with for every text."""
+    if prompt is None and encoder.default_prompt_name is not None:
+        return encoder.prompts.get(encoder.default_prompt_name)
+    return prompt

@@ -113,6 +113,17 @@ def test_types_and_dimensions(encoder, tmp_path, dtype):
     assert table["embedding"].type.value_type == {"float16": "halffloat", "int8": "int8"}[dtype]
 
 
+def test_an_encoders_own_prompt_and_dimension_hold_for_corpora(tiny_checkpoint, tmp_path, caplog):
+    """As `encode` has them; corpora had whole vectors of bare texts."""
+    own = Encoder.from_pretrained(tiny_checkpoint, device="cpu", dtype="float32", max_seq_length=6)
+    own.prompts, own.default_prompt_name, own.truncate_dim = {"all": "the king "}, "all", 8
+    encode_corpus(own, ROWS, tmp_path, SETTINGS)
+    table = read_corpus(tmp_path)
+    np.testing.assert_allclose(table["embedding"].to_pylist(), own.encode([t for _, t in ROWS]), atol=1e-6)
+    assert np.array(table["embedding"].to_pylist()).shape == (57, 8)
+    assert "texts were longer than 6 tokens and were cut" in caplog.text
+
+
 def test_other_settings_are_refused(encoder, whole, tmp_path):
     (tmp_path / "manifest.json").write_bytes(whole["manifest.json"])
     with pytest.raises(ValueError, match=r"differs in dtype \('float32' there, 'int8' here\)"):

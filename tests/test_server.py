@@ -96,6 +96,17 @@ def test_openai_client_gets_the_bits_of_encode(server, encoder):
     np.testing.assert_allclose(cut, expected[0, :8] / np.linalg.norm(expected[0, :8]), rtol=1e-5)
 
 
+def test_an_encoders_own_prompt_and_dimension_hold_for_the_server(tiny_checkpoint):
+    from uncausal import Encoder
+
+    own = Encoder.from_pretrained(tiny_checkpoint, device="cpu", dtype="float32")
+    own.prompts, own.default_prompt_name, own.truncate_dim = {"all": "the king "}, "all", 8
+    with Server(lambda: own) as server:
+        body = server.ready().call("POST", "/v1/embeddings", {"input": TEXTS})[2]
+        found = np.float32([row["embedding"] for row in body["data"]])
+        assert found.shape == (4, 8) and np.array_equal(found, own.encode(TEXTS))
+
+
 @pytest.mark.parametrize("dimension", [8, 32])
 def test_mtebs_client_gets_the_vectors_of_encode(server, encoder, monkeypatch, dimension):
     """The wrapper that leaderboards score endpoints with; its tokenizer, which only cuts, is downloaded."""

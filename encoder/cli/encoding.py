@@ -213,8 +213,8 @@ def search_file(
     corpus, *queries = rest
     texts = read(corpus, column)
     encoder = loading.load(model)
-    vectors = encoder.encode(texts, convert_to_tensor=True, show_progress_bar=sys.stderr.isatty())
-    asked = encoder.encode(queries, prompt=prompt, convert_to_tensor=True, show_progress_bar=False)
+    vectors = encoder.encode_document(texts, convert_to_tensor=True, show_progress_bar=sys.stderr.isatty())
+    asked = encoder.encode_query(queries, prompt=prompt, convert_to_tensor=True, show_progress_bar=False)
     found = semantic_search(asked, vectors, top_k=top_k)
     return [
         {

@@ -77,8 +77,8 @@ def evaluate_code_search(
         As `search_metrics`.
     """
     queries, documents = search_set or code_search_set()
-    asked = encoder.encode(queries, prompt=prompt, convert_to_tensor=True, **encode_options)
-    stored = encoder.encode(documents, convert_to_tensor=True, **encode_options)
+    asked = encoder.encode_query(queries, prompt=prompt, convert_to_tensor=True, **encode_options)
+    stored = encoder.encode_document(documents, convert_to_tensor=True, **encode_options)
     return search_metrics(cos_sim(asked, stored).float().cpu().numpy())
 
 
@@ -108,8 +108,8 @@ def evaluate_sizes(
         if not 0 < size <= width:
             raise ValueError(f"the model's vectors have {width} dimensions, not {size}")
     queries, documents = search_set or code_search_set()
-    asked = encoder.encode(queries, prompt=prompt, convert_to_numpy=True, **encode_options)
-    stored = encoder.encode(documents, convert_to_numpy=True, **encode_options)
+    asked = encoder.encode_query(queries, prompt=prompt, convert_to_numpy=True, **encode_options)
+    stored = encoder.encode_document(documents, convert_to_numpy=True, **encode_options)
     for size in dimensions or (width,):
         short, queried = (_unit(vectors[:, :size].astype(np.float32)) for vectors in (stored, asked))
         for int8 in (False, True):

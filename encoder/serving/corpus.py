@@ -16,7 +16,7 @@ import json
 import logging
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import count, islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -32,7 +32,7 @@ import uncausal
 from uncausal.encoder.batching import iter_encode, release_memory
 from uncausal.encoder.data.rows import DataError, read_rows, text_field
 from uncausal.encoder.files import staged_file
-from uncausal.encoder.inputs import tokenizer_state
+from uncausal.encoder.inputs import own_prompt, tokenizer_state
 
 logger = logging.getLogger(__name__)
 INPUT = "input.json"
@@ -130,7 +130,7 @@ def encode_corpus(
         raise ValueError(
             f"shard {turn}/{turns} does not exist: there are the shards 0/{turns} to {turns - 1}/{turns}"
         )
-    open_corpus(encoder, output, settings)
+    settings = open_corpus(encoder, output, settings)
     encoded = found = tokens = shards = total = 0
     start = time.perf_counter()
     with tqdm(desc="Encoding", unit="text", disable=not show_progress_bar) as bar:
@@ -148,8 +148,14 @@ def encode_corpus(
     return CorpusResult(encoded, found, tokens, time.perf_counter() - start, shards)
 
 
-def open_corpus(encoder: SentenceTransformer, output: Path, settings: CorpusSettings) -> None:
-    """Write the manifest, or make sure that the one there is the same."""
+def open_corpus(encoder: SentenceTransformer, output: Path, settings: CorpusSettings) -> CorpusSettings:
+    """Write the manifest, or make sure that the one there is the same.
+
+    Returns:
+        The settings with the encoder's own prompt and dimension where they name none, as `encode` has them.
+    """
+    kept: Any = settings.dimension or encoder.truncate_dim
+    settings = replace(settings, prompt=own_prompt(encoder, settings.prompt), dimension=kept)
     width = encoder.get_embedding_dimension() or 0
     if settings.dimension is not None and settings.dimension > width:
         raise ValueError(f"dimension {settings.dimension} is more than the model has: {width}")
@@ -158,7 +164,7 @@ def open_corpus(encoder: SentenceTransformer, output: Path, settings: CorpusSett
     if not file.exists():
         with staged_file(file) as out:
             out.write(json.dumps(manifest, indent=1).encode())
-        return
+        return settings
     before = json.loads(file.read_text())
     changed = [key for key in {**before, **manifest} if before.get(key) != manifest.get(key)]
     if changed:
@@ -166,6 +172,7 @@ def open_corpus(encoder: SentenceTransformer, output: Path, settings: CorpusSett
         raise ValueError(
             f"{output} holds a corpus that differs in {shown}: choose another folder, or remove it"
         )
+    return settings
 
 
 def cut_into_shards(
@@ -239,14 +246,18 @@ def encode_shard(
 ) -> int:
     """Encode the rows of one shard and write it; returns their tokens."""
     texts = [text for _, text in rows]
-    vectors, tokens = np.empty((0, 0), np.float32), 0
+    vectors, tokens, cut = np.empty((0, 0), np.float32), 0, 0
     batches = iter_encode(encoder, texts, prompt=settings.prompt, batch_tokens=settings.batch_tokens)
     for batch in batches:
         part = batch.vectors.float().cpu().numpy()
         if not len(vectors):
             vectors = np.empty((len(texts), part.shape[1]), np.float32)
         vectors[batch.indices] = part
-        tokens += sum(batch.token_counts)
+        tokens, cut = tokens + sum(batch.token_counts), cut + batch.num_truncated
+    if cut:
+        limit = encoder.max_seq_length
+        told = "shard %d: %d of %d texts were longer than %s tokens and were cut"
+        logger.warning(told, number, cut, len(rows), limit)
     table = pa.table({"id": [id for id, _ in rows], **_columns(vectors, settings)})
     file = _shard(output, number)
     (output / INPUT).unlink(missing_ok=True)  # with this shard the corpus is another, until a run ends

@@ -111,8 +111,8 @@ class Worker:
     """A model in a process of its own."""
 
     def __init__(self, load: Callable[[], SentenceTransformer], output: Path, settings: CorpusSettings):
-        self.encoder, self.output, self.settings = load(), output, settings
-        open_corpus(self.encoder, output, settings)
+        self.encoder, self.output = load(), output
+        self.settings = open_corpus(self.encoder, output, settings)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Encode and write a shard, if it is still to be written."""

@@ -18,6 +18,7 @@ import numpy as np
 from fastapi import Request
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from uncausal.encoder.inputs import own_prompt
 from uncausal.encoder.serving.batcher import Batch, Batcher, ClosedError, QueueFullError
 
 logger = logging.getLogger(__name__)
@@ -152,6 +153,7 @@ class Service:
             raise Refused(400, "the input is empty")
         if len(texts) > self.limits.max_texts:
             raise Refused(413, f"{len(texts)} texts in a request; at most {self.limits.max_texts} are taken")
+        prompt = own_prompt(self.encoder, prompt)
         start = time.perf_counter()
         loop = asyncio.get_running_loop()
         cut = self.limits.auto_truncate if truncate is None else truncate
@@ -177,7 +179,7 @@ class Service:
             await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
             if not answer.done():
                 raise Refused(499, "the client left")
-            vectors = np.stack(answer.result())
+            vectors = np.stack(answer.result())[:, : self.encoder.truncate_dim]
         except Refused:
             raise
         except Exception as error:
