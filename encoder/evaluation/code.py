@@ -77,8 +77,8 @@ def evaluate_code_search(
         As `search_metrics`.
     """
     queries, documents = search_set or code_search_set()
-    asked = encoder.encode_query(queries, prompt=prompt, convert_to_tensor=True, **encode_options)
-    stored = encoder.encode_document(documents, convert_to_tensor=True, **encode_options)
+    asked: Any = encoder.encode_query(queries, prompt=prompt, convert_to_tensor=True, **encode_options)
+    stored: Any = encoder.encode_document(documents, convert_to_tensor=True, **encode_options)
     return search_metrics(cos_sim(asked, stored).float().cpu().numpy())
 
 
