@@ -18,6 +18,8 @@ def pytest_configure(config):
         "markers", "interpret: needs a process with TRITON_INTERPRET=1 (ladder.interpret)"
     )
     config.addinivalue_line("markers", "sanitize: needs ttsem or a GPU (ladder.sanitize, make sanitize)")
+    if knobs.runtime.interpret:
+        ladder.patch_language_once()
 
 
 def _sanitised() -> bool:
