@@ -11,7 +11,7 @@ import base64
 import hmac
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Annotated, Any, Literal
 
@@ -22,6 +22,8 @@ from fastapi.exceptions import RequestValidationError
 from prometheus_client import generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from pydantic import BaseModel, Field, StrictBool, StrictInt, StrictStr
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import uncausal
 from uncausal.encoder.inputs import check_unicode
@@ -101,29 +103,6 @@ def make_app(load: Callable[[], Any], name: str, limits: Limits | None = None) -
 
     app = FastAPI(title="uncausal", version=uncausal.__version__, lifespan=lifespan)
     app.state.service = service
-
-    @app.middleware("http")
-    async def guard(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
-        """Key, size and pace of a request before its route, its count and time behind it."""
-        start, route = time.perf_counter(), request.url.path
-        status = 500
-        try:
-            if limits.api_key is not None and route not in ("/health", "/metrics"):
-                given = request.headers.get("authorization", "").removeprefix("Bearer ")
-                if not hmac.compare_digest(given.encode(), limits.api_key.encode()):
-                    raise Refused(401, "wrong or missing API key")
-            if request.method == "POST":
-                await _read_body(request, limits)
-            response = await call_next(request)
-            status = response.status_code
-        except Refused as refusal:
-            response = _refusal(refusal)
-            status = refusal.status
-        finally:
-            known = route if any(getattr(r, "path", None) == route for r in app.routes) else "other"
-            service.requests.labels(known, status).inc()
-            service.seconds.labels(known).observe(time.perf_counter() - start)
-        return response
 
     @app.exception_handler(Refused)
     async def refused(request: Request, refusal: Refused) -> Response:
@@ -220,28 +199,81 @@ def make_app(load: Callable[[], Any], name: str, limits: Limits | None = None) -
     async def metrics() -> Response:
         return Response(generate_latest(service.registry), media_type=CONTENT_TYPE_LATEST)
 
+    app.add_middleware(Guard, service=service, paths={getattr(route, "path", None) for route in app.routes})
     return app
 
 
-async def _read_body(request: Request, limits: Limits) -> None:
-    """Read the body for the route, within the limits of size and time."""
-    if int(request.headers.get("content-length") or 0) > limits.max_bytes:
-        raise Refused(413, f"the body is larger than {limits.max_bytes} bytes")
-    parts: list[bytes] = []
+class Guard:
+    """Key, size and pace of a request before its route, its count and time behind it.
 
-    async def read() -> None:
-        size = 0
-        async for part in request.stream():
-            parts.append(part)
-            size += len(part)
-            if size > limits.max_bytes:
-                raise Refused(413, f"the body is larger than {limits.max_bytes} bytes")
+    Plain ASGI, as a middleware of Starlette costs a request two tasks more and a stream between them.
+    """
 
-    try:
-        await asyncio.wait_for(read(), limits.body_seconds)
-    except asyncio.TimeoutError:
-        raise Refused(408, f"the body did not arrive within {limits.body_seconds:g} s") from None
-    request._body = b"".join(parts)  # what Starlette's own body() leaves for the route
+    def __init__(self, app: ASGIApp, service: Service, paths: set[str | None]):
+        self.app, self.service, self.paths = app, service, paths
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        start, status = time.perf_counter(), 500
+
+        async def noting(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            try:
+                self._check_key(scope)
+                if scope["method"] == "POST":
+                    receive = await self._read_body(scope, receive)
+            except Refused as refusal:
+                await _refusal(refusal)(scope, receive, noting)
+            else:
+                await self.app(scope, receive, noting)
+        finally:
+            route = scope["path"] if scope["path"] in self.paths else "other"
+            self.service.requests.labels(route, status).inc()
+            self.service.seconds.labels(route).observe(time.perf_counter() - start)
+
+    def _check_key(self, scope: Scope) -> None:
+        key = self.service.limits.api_key
+        if key is None or scope["path"] in ("/health", "/metrics"):
+            return
+        given = Headers(scope=scope).get("authorization", "").removeprefix("Bearer ")
+        if not hmac.compare_digest(given.encode(), key.encode()):
+            raise Refused(401, "wrong or missing API key")
+
+    async def _read_body(self, scope: Scope, receive: Receive) -> Receive:
+        """Read the body within the limits of size and time, and return what hands it to the route."""
+        limits = self.service.limits
+        too_large = Refused(413, f"the body is larger than {limits.max_bytes} bytes")
+        if int(Headers(scope=scope).get("content-length") or 0) > limits.max_bytes:
+            raise too_large
+        body = bytearray()
+
+        async def read() -> None:
+            message: Message = {"more_body": True}
+            while message.get("more_body"):
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise Refused(499, "the client left")
+                body.extend(message.get("body", b""))
+                if len(body) > limits.max_bytes:
+                    raise too_large
+
+        try:
+            await asyncio.wait_for(read(), limits.body_seconds)
+        except asyncio.TimeoutError:
+            raise Refused(408, f"the body did not arrive within {limits.body_seconds:g} s") from None
+        whole: list[Message] = [{"type": "http.request", "body": bytes(body)}]
+
+        async def replay() -> Message:
+            return whole.pop() if whole else await receive()
+
+        return replay
 
 
 def _refusal(refusal: Refused) -> Response:
