@@ -15,6 +15,8 @@ from sentence_transformers.base.modules import Dense
 from sentence_transformers.sentence_transformer.modules import Normalize
 from torch import Tensor, nn
 
+from uncausal.encoder.linear import use_onednn
+
 FLOOR = 1e-4  # of the largest variance: directions below it are noise, and are not amplified further
 
 
@@ -22,6 +24,7 @@ class LinearMap(Dense):
     """The library's linear layer, for vectors of any dtype."""
 
     def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        use_onednn(self)  # whose products of few rows are those of many, bit by bit
         vectors = features[self.module_input_name]
         return super().forward({**features, self.module_input_name: vectors.to(self.linear.weight.dtype)})
 

@@ -103,7 +103,7 @@ def latent_attention_pool(
         gain, shift = p.norms[:2] if p.norms else (None, None)
         probs = latent_softmax(hidden_states.contiguous(), gain, shift, p.score, p.num_heads, backend)
         # A library product with its addition beats a kernel of ours: nothing around it is left to fuse.
-        x = torch.addmm(hidden_states, probs, p.value.T) if p.residual else probs @ p.value.T
+        x = _linear(probs, p.value, hidden_states if p.residual else None)
         return _mlp_mean(x, cu_seqlens, p, weights, backend)
 
 
@@ -124,7 +124,16 @@ def _mlp_mean(x: Tensor, cu_seqlens: Tensor, p: FoldedLatents, weights: Tensor, 
 
 
 def _down(inner: Tensor, p: FoldedLatents) -> Tensor:
-    return F.linear(inner.to(p.down.dtype), p.down, p.down_bias)
+    return _linear(inner.to(p.down.dtype), p.down, p.down_bias)
+
+
+def _linear(x: Tensor, weight: Tensor, added: Tensor | None) -> Tensor:
+    """x weight^T + added, which is (out,) or (rows, out); in inference on a CPU as `plain.product`."""
+    trains = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    if x.device.type != "cpu" or trains or torch.compiler.is_compiling():
+        return x @ weight.T if added is None else torch.addmm(added, x, weight.T)
+    out = plain.product(x, weight)
+    return out if added is None else out + added
 
 
 def _cast(p: FoldedLatents, dtype: torch.dtype) -> FoldedLatents:

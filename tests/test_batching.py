@@ -10,6 +10,7 @@ from torch import nn
 from uncausal.encoder import batching
 from uncausal.encoder.batching import iter_encode, token_batches
 from uncausal.encoder.model import Encoder
+from uncausal.encoder.whitening import LinearMap, append_linear
 
 TEXTS = [f"the quick brown fox {'jumps over ' * (i % 5)}{i}" for i in range(40)]
 GAPS = [*TEXTS[:3], "", TEXTS[3], " \n"]
@@ -20,10 +21,30 @@ def encoder(tiny_llama):
     return Encoder.from_pretrained(tiny_llama, dtype="float32", device="cpu")
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_text_has_the_same_bits_in_any_company(smollm2, dtype):
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    "dtype, end, count",
+    [
+        ("float32", "mean", 1),
+        ("bfloat16", "mean", 1),
+        ("float32", "mapped", 2),
+        ("float32", "latent", 2),
+        ("bfloat16", "latent", 1),
+    ],
+)
+def test_a_text_has_the_same_bits_in_any_company(smollm2, dtype, end, count, threads):
     """The real model's shapes: alone, in batches of any size, in any order."""
-    encoder = Encoder.from_pretrained(smollm2, num_layers=2, dtype=dtype, device="cpu")
+    threads(count)
+    pooling = "latent" if end == "latent" else "mean"
+    encoder = Encoder.from_pretrained(smollm2, num_layers=2, dtype=dtype, device="cpu", pooling=pooling)
+    if end == "mapped":
+        append_linear(encoder, LinearMap.empty(576, 384))
     texts = [*TEXTS[:9], "fox " * 150, "jumps " * 70, "a"]
     together = encoder.encode(texts)
     assert np.array_equal(np.stack([encoder.encode(text) for text in texts]), together)

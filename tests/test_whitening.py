@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.base.modules import Dense
 from sentence_transformers.sentence_transformer.modules import Normalize
 from tiny import FAST, PAIRS, TEXTS, load, save_checkpoint
 
@@ -113,7 +112,7 @@ def test_half_precision_encoder_is_whitened_and_reloaded(checkpoint, tmp_path):
 def test_another_linear_layer_keeps_its_activation(checkpoint, tmp_path):
     """Every linear layer of a saved encoder loads as ours: with the settings it was saved with."""
     encoder = load(checkpoint)
-    encoder.append(Dense(32, 8, activation_function=torch.nn.Tanh()))
+    encoder.append(LinearMap(32, 8, activation_function=torch.nn.Tanh()))
     encoder.save_pretrained(str(tmp_path / "saved"))
     again = load(tmp_path / "saved")
     assert np.array_equal(again.encode(TEXTS[:9]), encoder.encode(TEXTS[:9]))

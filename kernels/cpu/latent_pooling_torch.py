@@ -34,9 +34,16 @@ def normalise(x: Tensor, norm: Norm) -> Tensor:
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
-    """x weight^T (rows, out). In fp32 on a CPU oneDNN's: for few rows and a wide weight it reaches 1.5 times
-    the speed of the BLAS behind `F.linear` on AMD (bench/NOTES.md)."""
-    if x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+    """x weight^T (rows, out), on a CPU with the same bits for a row among few as among many.
+
+    In fp32 it is oneDNN's, which for few rows and a wide weight reaches 1.5 times the speed of the BLAS
+    behind `F.linear` on AMD (bench/NOTES.md). That BLAS has other routines for few rows, oneDNN for one.
+    """
+    if x.device.type != "cpu":
+        return F.linear(x, weight)
+    if x.shape[0] == 1:
+        return product(x.expand(2, -1), weight)[:1]
+    if x.dtype == torch.float32 and torch.backends.mkldnn.is_available():
         return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
     return F.linear(x, weight)
 
@@ -111,7 +118,9 @@ def activate(z: Tensor, gated: bool) -> Tensor:
     if not gated:
         return F.gelu(z)
     value, gate = z.chunk(2, dim=1)
-    return F.gelu(gate).mul_(value)
+    return F.gelu(gate.contiguous()).mul_(
+        value
+    )  # oneDNN's, which a single row, contiguous as it is, gets too
 
 
 def activate_backward(dout: Tensor, z: Tensor, gated: bool) -> Tensor:
