@@ -1,8 +1,8 @@
 """The server under load: 64 clients for two minutes, beside one client, `encode`, and a plain FastAPI server.
 
-`python -m uncausal.bench.trials.serve MODEL --data-dir DIR [--clients 64] [--seconds 120]` prints texts a
-second, latencies and statuses as a table, or with `--json`. Each request holds one sentence of Wikipedia. The
-peer is what people write first: sentence-transformers' encode behind a FastAPI route.
+`python -m uncausal.bench.trials.serve MODEL --data-dir DIR [--clients 64] [--seconds 120] [--dtype float32]`
+prints texts a second, latencies and statuses as a table, or with `--json`. Each request holds one sentence of
+Wikipedia. The peer is what people write first: sentence-transformers' encode behind a FastAPI route.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ import sys, threading, uvicorn
 from fastapi import FastAPI
 from pydantic import BaseModel
 from sentence_transformers import SentenceTransformer
-model = SentenceTransformer(sys.argv[1], device="cpu", model_kwargs={"dtype": "float32"})
+model = SentenceTransformer(sys.argv[1], device="cpu", model_kwargs={"dtype": sys.argv[3]})
 lock, app = threading.Lock(), FastAPI()
 class Request(BaseModel):
     input: str
@@ -54,16 +54,17 @@ def main() -> None:
     parser.add_argument("--data-dir", required=True)
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=120)
+    parser.add_argument("--dtype", default="float32")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     texts = local_rows("local:wiki_sentences[:20000]", options.data_dir)
-    encoder = Encoder.from_pretrained(options.model, dtype="float32")
+    encoder = Encoder.from_pretrained(options.model, dtype=options.dtype)
     expected = encoder.encode(texts[:2000])
     start = time.perf_counter()
     encoder.encode(texts[:2000])
     found: dict[str, Any] = {"encode": {"texts_per_second": 2000 / (time.perf_counter() - start)}}
     quick = min(options.seconds, 30)
-    serve = ["serve", options.model, "--dtype", "float32", "--port"]
+    serve = ["serve", options.model, "--dtype", options.dtype, "--port"]
     with running([sys.executable, "-c", OURS, *serve, "PORT"]) as url:
         found["one client"], _ = asyncio.run(load(url, texts, 1, quick))
         found[f"{options.clients} clients"], vectors = asyncio.run(
@@ -71,7 +72,7 @@ def main() -> None:
         )
     equal = [np.array_equal(vector, expected[i]) for i, vector in vectors.items() if i < len(expected)]
     found[f"{options.clients} clients"] |= {"vectors_equal_to_encode": f"{sum(equal)} of {len(equal)}"}
-    with running([sys.executable, "-c", PEER, options.model, "PORT"]) as url:
+    with running([sys.executable, "-c", PEER, options.model, "PORT", options.dtype]) as url:
         found[f"FastAPI around encode, {options.clients} clients"], _ = asyncio.run(
             load(url, texts, options.clients, quick, base64_answers=False)
         )
