@@ -184,19 +184,19 @@ def compare(
     for name, source in named.items():
         loaded = isinstance(source, SentenceTransformer)
         measured = measure(source if loaded else load_model(source, **(load_options or {})))
-        by_task = {task: _bootstrap(task, m, resamples) for task, m in measured.measurements.items()}
-        draws[name] = _families(families, by_task)
+        by_task = {task: bootstrap(task, m, resamples) for task, m in measured.measurements.items()}
+        draws[name] = family_draws(families, by_task)
         scored.append(
             ModelScores(
                 model=name,
-                families={family: _score(values) for family, values in draws[name].items()},
-                tasks={task: _score(values) for task, values in by_task.items()},
+                families={family: interval(values) for family, values in draws[name].items()},
+                tasks={task: interval(values) for task, values in by_task.items()},
                 texts=measured.texts,
                 seconds=measured.seconds,
             )
         )
     differences = [
-        Difference(a, b, {family: _score(draws[a][family] - draws[b][family]) for family in draws[a]})
+        Difference(a, b, {family: interval(draws[a][family] - draws[b][family]) for family in draws[a]})
         for a, b in combinations(named, 2)
     ]
     return Evaluation(scored, differences)
@@ -255,15 +255,30 @@ def _prompts(model: SentenceTransformer, task: Task, instruct: str | None) -> di
     return {side: model.prompts.get(side) or None for side in (QUERY, DOCUMENT)}
 
 
-def _bootstrap(name: str, measurement: Measurement, resamples: int) -> np.ndarray:
-    """The score, and then the scores of units drawn with replacement, the same draws for every model."""
+def bootstrap(name: str, measurement: Measurement, resamples: int = 1000) -> np.ndarray:
+    """The score, and then the scores of units drawn with replacement, the same draws for every model.
+
+    Args:
+        name: of the task, which alone decides the draws: those of models measured apart are paired too.
+        measurement: of a model's vectors.
+        resamples: how many draws.
+
+    Returns:
+        (1 + resamples,) float64, in points.
+    """
     size, score = measurement
     generator = np.random.default_rng(zlib.crc32(name.encode()))
     drawn = [score(generator.integers(size, size=size)) for _ in range(resamples)]
     return np.array([score(np.arange(size)), *drawn])
 
 
-def _families(families: Mapping[str, str], by_task: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def family_draws(families: Mapping[str, str], by_task: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The means of each family's tasks, and under "mean" that of the families, draw by draw.
+
+    Args:
+        families: the family of each task.
+        by_task: what `bootstrap` gives for each.
+    """
     members: dict[str, list[np.ndarray]] = {}
     for task, values in by_task.items():
         members.setdefault(families[task], []).append(values)
@@ -271,8 +286,12 @@ def _families(families: Mapping[str, str], by_task: Mapping[str, np.ndarray]) ->
     return {**means, MEAN: np.mean(list(means.values()), axis=0)}
 
 
-def _score(values: np.ndarray) -> Score:
-    """Value and interval; the draws are centred, as repeated units favour V-measure and average precision."""
+def interval(values: np.ndarray) -> Score:
+    """Value and interval; the draws are centred, as repeated units favour V-measure and average precision.
+
+    Args:
+        values: (1 + resamples,) as `bootstrap` gives them, or the difference of two models'.
+    """
     value, drawn = float(values[0]), values[1:]
     if not len(drawn):
         return Score(value, value, value)

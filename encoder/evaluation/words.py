@@ -64,23 +64,38 @@ def evaluate_words(
     """
 
     def measure(model: SentenceTransformer) -> Measured:
-        start, measurements = time.perf_counter(), {}
-        for task in tasks:
-            train, test = (
-                word_states(model, [s.words for s in sentences], shift=shift, cache_dir=cache_dir)
-                for sentences in (task.train, task.test)
-            )
-            predicted = probe(train, [s.tags for s in task.train], test)
-            counts = np.array(
-                [COUNTS[task.name](s.tags, tags) for s, tags in zip(task.test, predicted, strict=True)]
-            )
-            measurements[task.name] = Measurement(len(counts), _f1_of(counts))
-        sentences = sum(len(task.train) + len(task.test) for task in tasks)
-        return Measured(measurements, sentences, time.perf_counter() - start)
+        return measure_words(model, tasks, shift=shift, cache_dir=cache_dir)
 
     return compare(
         models, measure, {t.name: t.name for t in tasks}, resamples=resamples, load_options=load_options
     )
+
+
+def measure_words(
+    model: SentenceTransformer,
+    tasks: Sequence[WordTask],
+    *,
+    shift: bool = False,
+    cache_dir: str | Path | None = None,
+) -> Measured:
+    """Train a probe for each task on a model's states and measure it, the units being sentences.
+
+    Args:
+        model, tasks, shift, cache_dir: as in `evaluate_words`.
+    """
+    start, measurements = time.perf_counter(), {}
+    for task in tasks:
+        train, test = (
+            word_states(model, [s.words for s in sentences], shift=shift, cache_dir=cache_dir)
+            for sentences in (task.train, task.test)
+        )
+        predicted = probe(train, [s.tags for s in task.train], test)
+        counts = np.array(
+            [COUNTS[task.name](s.tags, tags) for s, tags in zip(task.test, predicted, strict=True)]
+        )
+        measurements[task.name] = Measurement(len(counts), _f1_of(counts))
+    sentences = sum(len(task.train) + len(task.test) for task in tasks)
+    return Measured(measurements, sentences, time.perf_counter() - start)
 
 
 def word_tasks(
