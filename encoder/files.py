@@ -1,16 +1,25 @@
-"""Writing so that an interruption, even SIGKILL, or a full disk leaves the earlier file or folder whole."""
+"""Writing so that an interruption, even SIGKILL, or a full disk leaves the earlier file or folder whole.
+
+What is not whole yet stands beside its place under a hidden name, locked by its process. The lock ends with
+the process, and what nobody holds is removed by the next write to the same place.
+"""
 
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
 import re
 import shutil
 import tempfile
+import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
+
+# A shared file system need not show one machine the locks of another.
+STAGED, FORMER = f".{zlib.crc32(os.uname().nodename.encode()):08x}.staged", ".former"
 
 
 @contextmanager
@@ -25,9 +34,8 @@ def staged(path: Path, outdated: str = "") -> Iterator[Path]:
     """
     check_replaceable(path)
     path = path.resolve()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    former = staging.with_name(f"{staging.name}.former")
+    staging, lock = _begin(path, folder=True)
+    former = staging.with_name(staging.name + FORMER)
     try:
         yield staging
         staging.chmod(0o777 & ~_umask())
@@ -47,6 +55,7 @@ def staged(path: Path, outdated: str = "") -> Iterator[Path]:
             former.rename(path)
         for rest in (staging, former):
             shutil.rmtree(rest, ignore_errors=True)
+        os.close(lock)
 
 
 def check_replaceable(path: Path) -> None:
@@ -61,15 +70,68 @@ def check_replaceable(path: Path) -> None:
 @contextmanager
 def staged_file(path: Path) -> Iterator[BinaryIO]:
     """Yield a file open for writing beside `path`, which becomes `path` only if the block succeeds."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    staging, lock = _begin(path, folder=False)
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with os.fdopen(os.dup(lock), "wb") as file:  # of the two, the lock ends with the last
             yield file
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, path)
+        staging.chmod(0o666 & ~_umask())
+        os.replace(staging, path)
     finally:
-        Path(name).unlink(missing_ok=True)
+        staging.unlink(missing_ok=True)
+        os.close(lock)
+
+
+def _begin(path: Path, folder: bool) -> tuple[Path, int]:
+    """Make an empty folder or file beside `path`, locked until the descriptor returned with it is closed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(path)
+    affixes = (STAGED, f".{path.name}.", path.parent)
+    while True:
+        if folder:
+            staging = Path(tempfile.mkdtemp(*affixes))
+        else:
+            made, name = tempfile.mkstemp(*affixes)
+            os.close(made)
+            staging = Path(name)
+        with suppress(FileNotFoundError):  # before it was locked, another process took it for abandoned
+            lock = _lock(staging)
+            if staging.exists():
+                return staging, lock
+            os.close(lock)
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Remove what processes that have died left beside `path`; put back what one had moved out of the way."""
+    pattern = rf"(\.{re.escape(path.name)}\.[a-z0-9_]{{8}}{re.escape(STAGED)})({re.escape(FORMER)})?"
+    found = {match[1] for name in os.listdir(path.parent) if (match := re.fullmatch(pattern, name))}
+    for staging in (path.with_name(name) for name in found):
+        former = staging.with_name(staging.name + FORMER)
+        # A process holds it, or is removing it too, or it is another user's.
+        with suppress(OSError), ExitStack() as locked:
+            if staging.exists():
+                locked.callback(os.close, _lock(staging, fcntl.LOCK_NB))
+            if former.exists() and not path.exists():
+                former.rename(path)
+            for rest in (staging, former):
+                rest.unlink() if rest.is_file() else shutil.rmtree(rest, ignore_errors=True)
+
+
+def _lock(staging: Path, flags: int = 0) -> int:
+    """Lock a file or folder against all other processes, and return the descriptor that holds the lock.
+
+    Raises:
+        FileNotFoundError: it is gone.
+        OSError: with LOCK_NB, a process holds it, or the file system has no locks.
+    """
+    descriptor = os.open(staging, os.O_RDONLY if staging.is_dir() else os.O_RDWR)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | flags)
+    except OSError:
+        if flags & fcntl.LOCK_NB:
+            os.close(descriptor)
+            raise
+        # Without locks nothing is ever taken for abandoned.
+    return descriptor
 
 
 def _exchange(one: Path, other: Path) -> bool:

@@ -166,3 +166,4 @@ def test_killed_writing_leaves_one_of_both_and_goes_on(folder, command, tmp_path
             assert contents(tmp_path / name) in (contents(tmp_path / "old"), whole), moment
         assert write(name, "deeper")[0] == 0
         assert contents(tmp_path / name) == whole, f"killed before operation {moment} of {total}"
+        assert not list(tmp_path.rglob(".*")), f"what the run killed before operation {moment} left is there"

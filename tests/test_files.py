@@ -1,0 +1,65 @@
+"""Writing all or nothing: what processes that are killed leave, and what others that are alive have begun."""
+
+import signal
+import subprocess
+import sys
+from contextlib import ExitStack
+
+import pytest
+
+from uncausal.encoder.files import FORMER, STAGED, staged, staged_file
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from uncausal.encoder.files import staged, staged_file
+with {writer}(Path(sys.argv[1])):
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def names(folder):
+    return sorted(entry.name for entry in folder.iterdir())
+
+
+@pytest.mark.parametrize("writer", [staged, staged_file])
+def test_what_a_killed_write_left_is_removed_by_the_next(tmp_path, writer):
+    """Regression: it stayed for ever, as large as the model."""
+    script = KILLED.format(writer=writer.__name__)
+    assert subprocess.run([sys.executable, "-c", script, tmp_path / "out"]).returncode == -signal.SIGKILL
+    [left] = names(tmp_path)
+    assert left.startswith(".out.") and left.endswith(STAGED)
+    mine = [".out.settings", ".out.settings.staged", f".out.notes{STAGED}", f".outer.abcdefgh{STAGED}"]
+    for name in mine:
+        (tmp_path / name).touch()
+    with writer(tmp_path / "out"):
+        assert left not in names(tmp_path)
+    assert names(tmp_path) == sorted([*mine, "out"])
+
+
+@pytest.mark.parametrize("writer", [staged, staged_file])
+def test_what_another_process_is_writing_stays(tmp_path, writer):
+    """A lock is of an open file: two writes of one process stand for two processes."""
+    with ExitStack() as both:
+        first = both.enter_context(writer(tmp_path / "out"))
+        begun = names(tmp_path)
+        with writer(tmp_path / "out"):
+            assert set(begun) < set(names(tmp_path))
+        assert names(tmp_path) == [*begun, "out"]
+        if writer is staged:
+            (first / "first").touch()
+        else:
+            first.write(b"first")
+    assert names(tmp_path) == ["out"]
+    out = tmp_path / "out"
+    assert names(out) == ["first"] if writer is staged else out.read_bytes() == b"first"
+
+
+def test_a_folder_that_a_killed_write_had_moved_away_is_put_back(tmp_path):
+    """Where two folders cannot be swapped in one step, a kill between the two leaves neither in its place."""
+    for name in (STAGED, STAGED + FORMER):
+        (tmp_path / f".out.abcdefgh{name}").mkdir()
+    (tmp_path / f".out.abcdefgh{STAGED}{FORMER}" / "whole").touch()
+    with pytest.raises(KeyboardInterrupt), staged(tmp_path / "out"):
+        raise KeyboardInterrupt
+    assert names(tmp_path) == ["out"] and names(tmp_path / "out") == ["whole"]
