@@ -1,4 +1,4 @@
-"""Writing so that an interruption, even SIGKILL, or a full disk leaves the earlier file or folder whole.
+"""Writing so that SIGKILL, a full disk or a power cut leaves the earlier file or folder, or the new one.
 
 What is not whole yet stands beside its place under a hidden name, locked by its process. The lock ends with
 the process, and what nobody holds is removed by the next write to the same place.
@@ -46,10 +46,12 @@ def staged(path: Path, outdated: str = "") -> Iterator[Path]:
                     shutil.copytree(entry, kept, symlinks=True, copy_function=_link)
                 else:
                     _link(entry, kept)
+        _flush_tree(staging)
         if not (path.exists() and _exchange(staging, path)):
             if path.exists():
                 path.rename(former)
             staging.rename(path)
+        _flush(path.parent)
     finally:
         if former.exists() and not path.exists():
             former.rename(path)
@@ -75,7 +77,9 @@ def staged_file(path: Path) -> Iterator[BinaryIO]:
         with os.fdopen(os.dup(lock), "wb") as file:  # of the two, the lock ends with the last
             yield file
         staging.chmod(0o666 & ~_umask())
+        os.fsync(lock)
         os.replace(staging, path)
+        _flush(path.parent)
     finally:
         staging.unlink(missing_ok=True)
         os.close(lock)
@@ -132,6 +136,26 @@ def _lock(staging: Path, flags: int = 0) -> int:
             raise
         # Without locks nothing is ever taken for abandoned.
     return descriptor
+
+
+def _flush(path: Path) -> None:
+    """Wait until the disk holds what a file holds, or the names in a folder."""
+    # Another user's file comes along as it is; not every file system does it for folders.
+    with suppress(OSError if path.is_dir() else PermissionError):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _flush_tree(folder: Path) -> None:
+    """`_flush` for all that lies below a folder, and for itself."""
+    for parent, _, names in os.walk(folder):
+        for path in (Path(parent, name) for name in names):
+            if path.is_file() and not path.is_symlink():
+                _flush(path)
+        _flush(Path(parent))
 
 
 def _exchange(one: Path, other: Path) -> bool:

@@ -1,5 +1,6 @@
 """Writing all or nothing: what processes that are killed leave, and what others that are alive have begun."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -7,6 +8,7 @@ from contextlib import ExitStack
 
 import pytest
 
+from uncausal.encoder import files
 from uncausal.encoder.files import FORMER, STAGED, staged, staged_file
 
 KILLED = """
@@ -63,3 +65,29 @@ def test_a_folder_that_a_killed_write_had_moved_away_is_put_back(tmp_path):
     with pytest.raises(KeyboardInterrupt), staged(tmp_path / "out"):
         raise KeyboardInterrupt
     assert names(tmp_path) == ["out"] and names(tmp_path / "out") == ["whole"]
+
+
+@pytest.mark.parametrize("writer", [staged, staged_file])
+def test_content_is_on_the_disk_before_its_name(tmp_path, monkeypatch, writer):
+    """Regression: after a power cut a shard had its name and no content."""
+    events = []
+
+    def held(status):
+        return status.st_ino, status.st_size
+
+    def noted(function, event):
+        return lambda *arguments: (events.append(event(*arguments)), function(*arguments))[1]
+
+    out = tmp_path / "out"
+    if writer is staged:
+        (out / "kept").mkdir(parents=True)
+        (out / "kept" / "old").write_text("old")
+    monkeypatch.setattr(os, "fsync", noted(os.fsync, lambda opened: held(os.fstat(opened))))
+    monkeypatch.setattr(os, "replace", noted(os.replace, lambda *_: "placed"))
+    monkeypatch.setattr(files, "_exchange", noted(files._exchange, lambda *_: "placed"))
+    with writer(out) as opened:
+        opened.write(b"new") if writer is staged_file else (opened / "new").write_text("new")
+    wanted = [out, *out.rglob("*")] if writer is staged else [out]
+    placed = events.index("placed")
+    assert {held(path.stat()) for path in wanted} <= set(events[:placed])
+    assert tmp_path.stat().st_ino in [inode for inode, _ in events[placed + 1 :]]
