@@ -1,5 +1,6 @@
 """Pooling of packed hidden states: mean, weighted mean, last token, and NV-Embed's latent attention layer."""
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -197,6 +198,19 @@ class LatentPooling(Module):
         self.include_prompt, self.released_prompt_mask = include_prompt, released_prompt_mask
         self.layer = dict(layer or {})
         self.latent_attention_model = LatentAttentionPooling(embedding_dimension, **self.layer)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LatentPooling":
+        """Follow the encoder from device to device, but not into half precision, where the library casts it.
+
+        The layer multiplies by products of its parameters, which are rounded once; of rounded ones they are
+        others.
+        """
+
+        def moved(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            return tensor.to(result.device) if result.dtype in (torch.float16, torch.bfloat16) else result
+
+        return super()._apply(moved, recurse)
 
     def forward(self, features: dict[str, Any], **kwargs) -> dict[str, Any]:
         """Write `sentence_embedding` (B, d) into the features.

@@ -378,3 +378,17 @@ def test_latent_pooling_saves_and_loads(smollm2, tmp_path):
     np.testing.assert_allclose(encoder.encode(TEXTS[1]), vectors[1], rtol=0, atol=1e-4)
     with encoder.padded():
         np.testing.assert_allclose(encoder.encode(TEXTS), vectors, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("cast", [False, True])
+def test_latent_pooling_of_a_bfloat16_encoder_has_the_same_bits_after_a_reload(tiny_llama, tmp_path, cast):
+    """Regression: the reload, or a cast, rounded the pooling's weights, which were in float32 before."""
+    encoder = Encoder.from_pretrained(tiny_llama, pooling="latent", dtype="bfloat16", device="cpu")
+    vectors = encoder.encode(TEXTS, convert_to_tensor=True)
+    if cast:
+        encoder[1].to("cpu", torch.bfloat16)
+    assert torch.equal(encoder.encode(TEXTS, convert_to_tensor=True), vectors)
+    for number in range(2):
+        encoder.save(tmp_path / f"{number}")
+        encoder = Encoder.from_pretrained(tmp_path / f"{number}", dtype="bfloat16", device="cpu")
+        assert torch.equal(encoder.encode(TEXTS, convert_to_tensor=True), vectors)
