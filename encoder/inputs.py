@@ -52,12 +52,15 @@ class PackedTransformer(Transformer):
     Attributes:
         template: the text around every text, with "{text}" in its place; what stands before the text is
             attended and not pooled. None for bare texts.
+        ended: whether every text ends with an end token that the tokenizer by itself does not put there.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.template: str | None = None
+        self.ended = False
         self._carried: str | None = None  # the template that the tokenizer was saved with
+        self._carried_end = False  # and whether an end token
         self._unframed: list[Any] = []  # the tokenizer's own post-processor, once it was replaced
         use_onednn(self.model)
         if self.tokenizer is not None:
@@ -112,11 +115,14 @@ class PackedTransformer(Transformer):
         if self._unframed:
             [backend.post_processor] = self._unframed
         own_head, own_tail = head, tail = added_tokens(self.tokenizer)
+        last: int | None = getattr(self.tokenizer, "eos_token_id", None)
+        if self._carried_end and tail[-1:] == [last]:
+            tail = tail[:-1]
         if template is not None and self._carried is None:
             before, after = _template_tokens(self.tokenizer, template, head, tail)
             head, tail = [*head, *before], [*after, *tail]
-        last: int | None = getattr(self.tokenizer, "eos_token_id", None)
-        if end and last is not None and tail[-1:] != [last]:
+        self.ended = end and last is not None and tail[-1:] != [last]
+        if self.ended:
             tail = [*tail, last]
         self.template = template
         if (head, tail) != (own_head, own_tail):
@@ -127,6 +133,11 @@ class PackedTransformer(Transformer):
                 "add_eos_token",
             ):  # a reload would rebuild the post-processor from them
                 self.tokenizer.init_kwargs.pop(name, None)  # type: ignore[union-attr]
+
+    def carries(self, template: str | None, ended: bool) -> None:
+        """Say what the tokenizer was saved with by an earlier `frame`."""
+        self.template = self._carried = template
+        self.ended = self._carried_end = ended
 
     def preprocess(
         self, inputs: Sequence[Any], prompt: Prompt | None = None, **kwargs: Any

@@ -95,6 +95,7 @@ class Encoder(SentenceTransformer):
     spec: EncoderSpec | None = None
     _quantized = False
     _saved_template: str | None = None
+    _saved_ended = False
     _module_classes = {
         _name(Transformer): PackedTransformer,
         _name(library.Pooling): Pooling,
@@ -262,8 +263,8 @@ class Encoder(SentenceTransformer):
         if not isinstance(transformer, PackedTransformer):
             return
         check_vocabulary(transformer.tokenizer, transformer.model)
-        if self._saved_template is not None:
-            transformer.template = transformer._carried = self._saved_template
+        if self._saved_template is not None or self._saved_ended:
+            transformer.carries(self._saved_template, self._saved_ended)
         if getattr(transformer.config, "is_causal", None) is False:
             make_bidirectional(transformer.model)
             assert_bidirectional(transformer.model, quick=True)
@@ -271,11 +272,15 @@ class Encoder(SentenceTransformer):
     def _parse_model_config(self, model_config: dict[str, Any]) -> None:
         super()._parse_model_config(model_config)
         self._saved_template = model_config.get("template")
+        self._saved_ended = model_config.get("end_token") is True
 
     def _get_model_config(self) -> dict[str, Any]:
-        config = super()._get_model_config()
-        template = getattr(self.transformer, "template", None)
-        return config if template is None else {**config, "template": template}
+        config, transformer = super()._get_model_config(), self.transformer
+        if getattr(transformer, "template", None) is not None:
+            config["template"] = transformer.template
+        if getattr(transformer, "ended", False):
+            config["end_token"] = True
+        return config
 
     @property
     def transformer(self) -> Any:

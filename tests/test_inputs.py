@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
+from tokenizers.processors import TemplateProcessing
 
 from uncausal.encoder.attention import layout_of
 from uncausal.encoder.inputs import added_tokens, check_not_empty, find_empty
@@ -244,6 +245,35 @@ def test_last_token_is_the_end_token(tiny_llama, tmp_path):
         np.testing.assert_allclose(other.encode(TEXTS), encoder.encode(TEXTS), atol=1e-5)
     encoder.set_pooling("mean")
     assert added_tokens(encoder.tokenizer)[1] == [], "only last-token pooling asks for it"
+
+
+@pytest.mark.parametrize("template", [None, "<|user|>{text}<|end|>"])
+def test_end_token_follows_the_pooling_of_a_saved_encoder(tiny_llama, tmp_path, template):
+    """Regression: saved with "last_token" and loaded with "mean", the end token stayed and was averaged."""
+    last, mean = (load(tiny_llama, pooling=pooling, template=template) for pooling in ("last_token", "mean"))
+    last.save(tmp_path / "last")
+    changed = load(tmp_path / "last", pooling="mean")
+    np.testing.assert_allclose(changed.encode(TEXTS), mean.encode(TEXTS), atol=1e-5)
+    changed.save(tmp_path / "mean")
+    np.testing.assert_allclose(load(tmp_path / "mean").encode(TEXTS), mean.encode(TEXTS), atol=1e-5)
+    if template is None:
+        plain = SentenceTransformer(str(tmp_path / "mean"), device="cpu")
+        np.testing.assert_allclose(plain.encode(TEXTS), mean.encode(TEXTS), atol=1e-5)
+    changed.set_pooling("last_token")
+    for again in (changed, load(tmp_path / "last"), load(tmp_path / "mean", pooling="last_token")):
+        np.testing.assert_allclose(again.encode(TEXTS), last.encode(TEXTS), atol=1e-5)
+
+
+def test_end_token_of_a_tokenizers_own_stays(tiny_llama, tmp_path):
+    """Whatever the pooling, and however often it was saved with another."""
+    own = load(tiny_llama)
+    own.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    own.save(tmp_path / "mean")
+    load(tmp_path / "mean", pooling="last_token").save(tmp_path / "last")
+    again = load(tmp_path / "last", pooling="mean")
+    np.testing.assert_allclose(again.encode(TEXTS), own.encode(TEXTS), atol=1e-5)
 
 
 def test_texts_are_tokenised_once(encoder, monkeypatch):
