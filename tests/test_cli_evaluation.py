@@ -130,6 +130,10 @@ def test_eval_by_mteb(cli_folder, capsys, asked):
     assert scores[model]["sts-one"] == pytest.approx(by_suite.tasks["sts-one"].value, abs=0.01)
     said = run(capsys, "eval", model, "--mteb", "NoSuchTask", "--data-dir", "sets", status=1)
     assert "--mteb: 'NoSuchTask' not found" in said
+    said = run(capsys, "eval", model, "--mteb", "STS12", "--split", "dev", status=1)
+    assert "STS12: MTEB has no dev split of it to score, only test" in said
+    run(capsys, "eval", model, *options, "--split", "test", *load)
+    assert asked == [("sets", "dev"), ("sets", "dev"), ("sets", "test")]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import mteb
 from sentence_transformers import SentenceTransformer
 
 from uncausal.encoder.evaluation.compare import INSTRUCT, evaluate_models
-from uncausal.encoder.evaluation.mteb import InstructedEncoder, evaluate_mteb, main_scores
+from uncausal.encoder.evaluation.mteb import InstructedEncoder, evaluate_mteb, find_task, main_scores
 from uncausal.encoder.evaluation.sts import ScoredPair
 from uncausal.encoder.evaluation.tasks import (
     STS,
@@ -106,3 +106,19 @@ def test_mock_run_passes(encoder):
 def test_unknown_task_is_named(encoder):
     with pytest.raises(KeyError, match="STSBenchmark"):
         evaluate_mteb(encoder, ["STSBenchmrk"])
+
+
+@pytest.mark.parametrize(
+    ("split", "found"), [(None, ["validation", "test"]), ("dev", ["validation"]), ("test", ["test"])]
+)
+def test_split_is_scored_that_was_asked_for(encoder, monkeypatch, split, found):
+    """Regression: whatever the split, MTEB's tasks were scored on all that they have."""
+    asked = []
+    monkeypatch.setattr(mteb, "evaluate", lambda model, tasks, **options: asked.extend(tasks))
+    evaluate_mteb(encoder, ["PoemSentimentClassification"], split=split)
+    assert list(asked[0].eval_splits) == found
+
+
+def test_split_that_is_not_there_is_named():
+    with pytest.raises(ValueError, match="STS12: MTEB has no dev split of it to score, only test"):
+        find_task("STS12", "dev")

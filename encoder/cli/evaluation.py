@@ -31,7 +31,7 @@ def evaluate(
     shift: bool = False,
     limit: int | None = None,
     cache_dir: Path | None = None,
-    split: Split = "dev",
+    split: Split | None = None,
     data_dir: Path | None = None,
     instruct: bool = False,
     plot: Path | None = None,
@@ -54,7 +54,8 @@ def evaluate(
         shift: with --words: take a token's state from the position before it, as MNTP predicts it.
         limit: with --words: sentences that the probe learns on; 4000 by default.
         cache_dir: with --words: folder that keeps the token states.
-        split: dev to choose by, test to report.
+        split: dev to choose by, which is the default, or test to report; of MTEB's own tasks by default all
+            that MTEB scores.
         data_dir: folder with a folder for each set; by default the environment's UNCAUSAL_DATA.
         instruct: put each task's instruction before its queries.
         plot: draw scores and intervals; the suffix is the format.
@@ -83,7 +84,7 @@ def evaluate(
     if kind == "STS file":
         if len(model) != 2:
             raise ValueError("uncausal eval takes MODEL STS_FILE, or MODEL ... with --suite mini")
-        evaluate_sts_file(model[0], Path(model[1]), split, loading, as_json)
+        evaluate_sts_file(model[0], Path(model[1]), split or "dev", loading, as_json)
         return
     if not model:
         raise ValueError("name a model, and others to compare it with")
@@ -96,6 +97,7 @@ def evaluate(
     if kind == "mteb":
         evaluate_by_mteb(model, mteb, split, data_dir, instruct, loading, as_json)
         return
+    split = split or "dev"
     if kind == "code":
         evaluate_code(model, split, dimensions, out, loading, as_json)
         return
@@ -186,7 +188,7 @@ def evaluate_code(
 def evaluate_by_mteb(
     models: tuple[str, ...],
     names: tuple[str, ...],
-    split: Split,
+    split: Split | None,
     data_dir: Path | None,
     instruct: bool,
     loading: Loading,
@@ -194,26 +196,24 @@ def evaluate_by_mteb(
 ) -> None:
     """Print the main score of MTEB's tasks for every model."""
     require("mteb", "mteb", "--mteb needs a package")
-    import mteb
-
     from uncausal.encoder.evaluation.compare import INSTRUCT, load_model
-    from uncausal.encoder.evaluation.mteb import evaluate_mteb, main_scores
+    from uncausal.encoder.evaluation.mteb import evaluate_mteb, find_task, main_scores
     from uncausal.encoder.evaluation.suite import mini_suite
 
     own, unknown = [], {}
     for name in names:
         try:
-            mteb.get_task(name)
+            find_task(name, split)
         except KeyError as error:
             unknown[name] = str(error.args[0]).removeprefix("KeyError: ")
     if unknown and data_dir is not None and split != "train":
-        own = mini_suite(data_dir, split)
+        own = mini_suite(data_dir, split or "dev")
     for name in unknown.keys() - {task.name for task in own}:
         raise ValueError(f"--mteb: {unknown[name]}")
     options, scores = loading.options(*models), {}
     for model in models:
         encoder = load_model(model, **options)
-        result = evaluate_mteb(encoder, names, own, instruct=INSTRUCT if instruct else None)
+        result = evaluate_mteb(encoder, names, own, split=split, instruct=INSTRUCT if instruct else None)
         scores[model] = main_scores(result)
     if as_json:
         print(json.dumps(scores))

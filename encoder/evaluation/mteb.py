@@ -38,6 +38,7 @@ from uncausal.encoder.evaluation.tasks import (
 from uncausal.encoder.model import Encoder
 
 SPLIT = "test"  # the only split that a local task has, whichever of the suite it was made of
+NAMES = {"dev": ("dev", "validation")}  # what MTEB's tasks call a split, where not by its name
 
 
 class InstructedEncoder(SentenceTransformerEncoderWrapper):
@@ -78,6 +79,7 @@ def evaluate_mteb(
     names: Sequence[str],
     local: Sequence[Task] = (),
     *,
+    split: str | None = None,
     instruct: str | None = None,
     **encode_options: Any,
 ) -> ModelResult:
@@ -87,6 +89,7 @@ def evaluate_mteb(
         model: any sentence-transformers model.
         names: of MTEB's tasks, which are fetched from the hub, or of tasks in `local`.
         local: tasks such as `mini_suite(data_dir)`.
+        split: of MTEB's tasks, as `find_task` takes it.
         instruct: template such as `compare.INSTRUCT`, put before queries.
         **encode_options: of `encode`, such as batch_size.
 
@@ -94,15 +97,35 @@ def evaluate_mteb(
         MTEB's result; `main_scores` reads it.
 
     Raises:
-        KeyError: no task of that name.
+        KeyError, ValueError: as `find_task`.
     """
     own = {task.name: task for task in local}
-    tasks = [local_task(own[name]) if name in own else mteb.get_task(name) for name in names]
+    tasks = [local_task(own[name]) if name in own else find_task(name, split) for name in names]
     encoder: Any = InstructedEncoder(model, instruct)
     options: Any = {"batch_size": 32, "show_progress_bar": False, **encode_options}
     if isinstance(model, Encoder):  # some of MTEB's corpora have empty documents
         options = {"on_empty": "zero", **options}
     return mteb.evaluate(encoder, tasks, cache=None, encode_kwargs=options, show_progress_bar=False)
+
+
+def find_task(name: str, split: str | None = None) -> AbsTask:
+    """Return one of MTEB's tasks, to be scored on a split: "train", "dev" or "test"; None is all that it has.
+
+    Raises:
+        KeyError: no task of that name.
+        ValueError: MTEB scores it on other splits.
+    """
+    task = mteb.get_task(name)
+    if split is None:
+        return task
+    scored = task.metadata.eval_splits
+    found = [one for one in NAMES.get(split, (split,)) if one in scored]
+    if not found:
+        raise ValueError(
+            f"{name}: MTEB has no {split} split of it to score, only {', '.join(scored)}: choose another, or "
+            "none for all"
+        )
+    return task.filter_eval_splits(found)
 
 
 def main_scores(result: ModelResult) -> dict[str, float]:
