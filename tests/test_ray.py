@@ -9,8 +9,9 @@ import pytest
 ray = pytest.importorskip("ray", reason="needs `pip install uncausal[ray]`")
 
 from uncausal import Encoder  # noqa: E402
+from uncausal.encoder.data.rows import DataError  # noqa: E402
 from uncausal.encoder.serving.corpus import CorpusSettings, encode_corpus, read_corpus  # noqa: E402
-from uncausal.encoder.serving.ray import Worker, encode_corpus_on_ray  # noqa: E402
+from uncausal.encoder.serving.ray import Worker, _shard_row, encode_corpus_on_ray  # noqa: E402
 
 WORDS = "the a cat dog king sees likes paints river music".split()
 ROWS = [(f"id{i}", " ".join(WORDS[(i * k) % 10] for k in range(1, 3 + i % 9))) for i in range(57)]
@@ -61,11 +62,44 @@ def test_workers_write_the_bytes_of_the_local_engine(tiny_checkpoint, tmp_path):
     assert contents(two) == whole and len(read_corpus(two)) == 57
 
 
-def test_what_a_worker_refuses_is_told(tiny_checkpoint, tmp_path):
-    """In this process: that Ray hands on a worker's error is Ray's own promise."""
+def test_what_a_worker_refuses_is_told(tiny_checkpoint, tmp_path, capfd):
+    """Regression: the cause stood within fifty lines, of Ray's log and of two tracebacks."""
     load_tiny = partial(load, tiny_checkpoint)
+    other = CorpusSettings(rows_per_shard=11)
     Worker(load_tiny, tmp_path, SETTINGS)
-    with pytest.raises(ValueError, match="differs in rows_per_shard"):
-        Worker(load_tiny, tmp_path, CorpusSettings(rows_per_shard=11))
+    told = r"differs in rows_per_shard \(10 there, 11 here\): choose another folder, or remove it$"
+    with pytest.raises(RuntimeError, match=told) as refused:
+        encode_corpus_on_ray(load_tiny, lambda: iter(ROWS), tmp_path, other)
+    assert "in open_corpus" in str(refused.value.__cause__)
+    assert "Traceback" not in (log := capfd.readouterr().err), log
     with pytest.raises(ValueError, match="workers is 0"):
         encode_corpus_on_ray(load_tiny, lambda: iter(ROWS), tmp_path, workers=0)
+
+
+def read_badly():
+    yield from ROWS[:15]
+    raise DataError("rows.jsonl:16: the text is empty")
+
+
+def test_what_fails_on_the_way_is_told(tiny_checkpoint, tmp_path, monkeypatch):
+    """In the reader, and within a shard; what was whole by then stays."""
+    load_tiny = partial(load, tiny_checkpoint)
+    with pytest.raises(RuntimeError, match="^rows.jsonl:16: the text is empty$"):
+        encode_corpus_on_ray(load_tiny, read_badly, tmp_path / "read", SETTINGS)
+    assert (tmp_path / "read" / "part-00000.parquet").exists()
+    assert not (tmp_path / "read" / "input.json").exists()
+    worker = Worker(load_tiny, tmp_path / "shard", SETTINGS)
+    monkeypatch.setattr("uncausal.encoder.serving.ray.encode_shard", lambda *_: {}["layers"])
+    batch = _shard_row(0, 1, ["a"], ["the king"])
+    [failure] = worker(batch)["failure"]
+    assert failure[0] == "KeyError: 'layers'" and "Traceback" in failure[1]
+
+
+def test_what_ray_itself_says_is_one_line(tiny_checkpoint, tmp_path, monkeypatch):
+    def died(self):
+        raise ray.exceptions.ActorDiedError()
+
+    monkeypatch.setattr(ray.data.Dataset, "iter_rows", died)
+    told = "^Ray: The actor died unexpectedly before finishing this task.; the same again goes on"
+    with pytest.raises(RuntimeError, match=told):
+        encode_corpus_on_ray(partial(load, tiny_checkpoint), lambda: iter(ROWS), tmp_path, SETTINGS)

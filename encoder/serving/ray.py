@@ -2,19 +2,22 @@
 
 One task reads the input and cuts it into shards, each a row, which no block splits; each worker holds a model
 and writes shards as the local engine does. Ray starts anew what dies, and holds the reader back while the
-workers are busy. The folder must be one that all machines see.
+workers are busy. The folder must be one that all machines see. An exception comes back as a row, for Ray
+would bury it under tracebacks of its own.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import ray
 from ray.data import ActorPoolStrategy, DataContext
+from ray.exceptions import RayError, RayTaskError
 from sentence_transformers import SentenceTransformer
 from tqdm.auto import tqdm
 
@@ -56,7 +59,8 @@ def encode_corpus_on_ray(
         What was done.
 
     Raises:
-        RuntimeError: a worker failed; its own error says why (`encode_corpus` says what there is).
+        RuntimeError: a worker or the reader failed, and this is what it said (`encode_corpus` and `read` say
+            what there is); or Ray did. Its cause has the worker's traceback.
     """
     settings, output = settings or CorpusSettings(), Path(output).absolute()
     if workers < 1:
@@ -69,14 +73,13 @@ def encode_corpus_on_ray(
     share = cpus if cpus is not None else max(ray.cluster_resources()["CPU"] - READER_CPUS, 1) / workers
 
     def shards(_: Any) -> Iterator[dict[str, np.ndarray]]:
-        for number, rows in cut_into_shards(read(), settings):
-            done = is_done(output, number, rows)
-            yield {
-                "number": np.array([number]),
-                "rows": np.array([len(rows)]),
-                "ids": _column([] if done else [id for id, _ in rows]),
-                "texts": _column([] if done else [text for _, text in rows]),
-            }
+        try:
+            for number, rows in cut_into_shards(read(), settings):
+                done = is_done(output, number, rows)
+                texts = [] if done else rows
+                yield _shard_row(number, len(rows), [id for id, _ in texts], [text for _, text in texts])
+        except Exception as error:
+            yield _shard_row(-1, 0, failure=_failure(error))
 
     done = (
         # of items, which take no task; ray.data.range does, and workers may have left it no CPU
@@ -94,12 +97,20 @@ def encode_corpus_on_ray(
     encoded = found = tokens = count = 0
     start = time.perf_counter()
     with tqdm(desc="Encoding", unit="text", disable=not show_progress_bar) as bar:
-        for row in done.iter_rows():
-            tokens, count = tokens + row["tokens"], count + 1
-            encoded += row["rows"] * row["written"]
-            found += row["rows"] * (not row["written"])
-            bar.set_postfix({"tokens/s": f"{tokens / (time.perf_counter() - start):,.0f}"})
-            bar.update(row["rows"])
+        try:
+            for row in done.iter_rows():
+                if len(row["failure"]):
+                    said, where = row["failure"]
+                    raise RuntimeError(said) from RuntimeError(where)
+                tokens, count = tokens + row["tokens"], count + 1
+                encoded += row["rows"] * row["written"]
+                found += row["rows"] * (not row["written"])
+                bar.set_postfix({"tokens/s": f"{tokens / (time.perf_counter() - start):,.0f}"})
+                bar.update(row["rows"])
+        except RayError as error:
+            lines = (str(error).strip() or type(error).__name__).splitlines()
+            reason = lines[-1] if isinstance(error, RayTaskError) else " ".join(map(str.strip, lines))
+            raise RuntimeError(f"Ray: {reason}; the same again goes on from the shards there") from error
     close_corpus(output, count, encoded + found)
     return CorpusResult(encoded, found, tokens, time.perf_counter() - start, count)
 
@@ -111,16 +122,40 @@ class Worker:
     """A model in a process of its own."""
 
     def __init__(self, load: Callable[[], SentenceTransformer], output: Path, settings: CorpusSettings):
-        self.encoder, self.output = load(), output
-        self.settings = open_corpus(self.encoder, output, settings)
+        self.output, self.failure = output, []
+        try:
+            self.encoder = load()
+            self.settings = open_corpus(self.encoder, output, settings)
+        except Exception as error:
+            self.failure = _failure(error)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Encode and write a shard, if it is still to be written."""
+        """Encode and write a shard, if it is still to be written; hand on what failed."""
         rows = list(zip(batch["ids"][0], batch["texts"][0], strict=True))
-        number = int(batch["number"][0])
-        tokens = encode_shard(self.encoder, rows, self.output, number, self.settings) if rows else 0
+        failure, tokens = self.failure or list(batch["failure"][0]), 0
+        if rows and not failure:
+            try:
+                tokens = encode_shard(self.encoder, rows, self.output, int(batch["number"][0]), self.settings)
+            except Exception as error:
+                failure = _failure(error)
         counts = {"rows": batch["rows"], "tokens": np.array([tokens]), "written": np.array([bool(rows)])}
-        return counts
+        return {**counts, "failure": _column(failure)}
+
+
+def _failure(error: Exception) -> list[str]:
+    """What an exception says, with its name where that is no sentence, and where it was raised."""
+    worded = isinstance(error, ValueError | OSError | NotImplementedError | RuntimeError | ImportError)
+    said = f"{error}" if worded else f"{type(error).__name__}: {error}"
+    return [said, "".join(traceback.format_exception(error))]
+
+
+def _shard_row(
+    number: int, rows: int, ids: Sequence[str] = (), texts: Sequence[str] = (), failure: Sequence[str] = ()
+) -> dict[str, np.ndarray]:
+    """A shard on its way to a worker; without ids and texts where it is done."""
+    lists = {"ids": ids, "texts": texts, "failure": failure}
+    columns = {name: _column(list(values)) for name, values in lists.items()}
+    return {"number": np.array([number]), "rows": np.array([rows]), **columns}
 
 
 def _column(values: list[str]) -> np.ndarray:
