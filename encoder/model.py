@@ -347,8 +347,9 @@ class Encoder(SentenceTransformer):
     def quantize(self) -> None:
         """Turn most of the backbone's weights to int8 for serving on a CPU; the rest becomes float32.
 
-        What it gains in speed and costs in quality is in `bench/RESULTS.md`. The encoder can no longer be
-        trained or saved.
+        What it gains in speed and costs in quality is in `bench/RESULTS.md`. The texts of a batch share the
+        scale of their activations, so that a vector depends, by about a percent, on its neighbours. The
+        encoder can no longer be trained or saved.
 
         Raises:
             ValueError: the encoder is not on a CPU, or this build of torch has no int8 products.
