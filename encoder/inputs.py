@@ -10,13 +10,14 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from sentence_transformers.base.modules import Transformer
 from tokenizers.processors import TemplateProcessing
+from torch import Tensor
 
 from uncausal.encoder import attention as packed_attention
 from uncausal.encoder.adapters import load_adapter
@@ -96,6 +97,18 @@ class PackedTransformer(Transformer):
             and self.model.config._attn_implementation == packed_attention.NAME
             and list(self.modality_config) == ["text"]
         )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedTransformer:
+        """Cast all but rotary frequencies, which are not saved, and which a reload has in float32."""
+        of_modules = [module._buffers for module in self.modules()]
+        rotary = [(buffers, name) for buffers in of_modules for name in buffers if name.endswith("inv_freq")]
+        exact = [buffers[name] for buffers, name in rotary]
+        super()._apply(fn, recurse)
+        for (buffers, name), before in zip(rotary, exact, strict=True):
+            after = buffers[name]
+            if before is not None and after is not None and after.dtype in (torch.float16, torch.bfloat16):
+                buffers[name] = before.to(after.device)
+        return self
 
     def frame(self, template: str | None, end: bool = False) -> None:
         """Have the tokenizer put `template` around every text, and the end token behind it if `end`.

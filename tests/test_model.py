@@ -392,3 +392,12 @@ def test_latent_pooling_of_a_bfloat16_encoder_has_the_same_bits_after_a_reload(t
         encoder.save(tmp_path / f"{number}")
         encoder = Encoder.from_pretrained(tmp_path / f"{number}", dtype="bfloat16", device="cpu")
         assert torch.equal(encoder.encode(TEXTS, convert_to_tensor=True), vectors)
+
+
+def test_encoder_cast_to_bfloat16_has_the_same_bits_after_a_reload(tiny_llama, tmp_path):
+    """Regression: the cast rounded the rotary frequencies, which are not saved: a reload had exact ones."""
+    encoder = Encoder.from_pretrained(tiny_llama, dtype="float32", device="cpu").bfloat16()
+    encoder.save(tmp_path / "saved")
+    again = Encoder.from_pretrained(tmp_path / "saved", dtype="bfloat16", device="cpu")
+    found, vectors = (one.encode(TEXTS, convert_to_tensor=True) for one in (again, encoder))
+    assert torch.equal(found, vectors)
