@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 PACKAGE = "package:"  # before NAME/FILE: a file that an installed package carries
 HUB_OPTIONS = ("revision", "token", "trust_remote_code", "cache_dir", "local_files_only")
+# Arguments of an encoder that decide its vectors; none lets a model's code run, or says where models are.
+PORTABLE = ("pooling", "bidirectional", "num_layers", "attention", "adapter", "template", "normalize")
+PORTABLE += ("max_seq_length", "gguf_file", "dtype", "revision")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +63,17 @@ class EncoderSpec:
 
         arguments = {one.name: getattr(self, one.name) for one in fields(self)}
         return Encoder.from_pretrained(arguments.pop("name_or_path"), **arguments)
+
+    def portable(self) -> dict[str, Any]:
+        """The arguments that decide vectors and were given, as JSON holds them, for a file to keep."""
+        plain = {one.name: one.default for one in fields(self)}
+        given = {name: getattr(self, name) for name in PORTABLE if getattr(self, name) != plain[name]}
+        if self.adapter is not None:
+            adapters = [self.adapter] if isinstance(self.adapter, str) else self.adapter
+            given["adapter"] = [absolute(adapter) for adapter in adapters]
+        if "dtype" in given:
+            given["dtype"] = str(self.dtype).removeprefix("torch.")
+        return given
 
     @property
     def hub(self) -> dict[str, Any]:
@@ -105,6 +119,11 @@ def local_path(name: str) -> Path:
         return Path(name)
     package, _, file = name.removeprefix(PACKAGE).partition("/")
     return asset(package, file)
+
+
+def absolute(name: str) -> str:
+    """Return a model's name as it holds from any folder."""
+    return str(Path(name).resolve()) if Path(name).exists() else name
 
 
 @contextmanager

@@ -166,6 +166,21 @@ def test_index_is_updated_and_searched(cli_folder, project, tmp_path, capsys, mo
     assert re.search(r"^  \d\.\d{3}  sums\.py:1-3  add$", run(capsys, *search), re.M)
 
 
+def test_index_is_updated_and_searched_with_the_model_as_it_was_loaded(cli_folder, project, tmp_path, capsys):
+    """Regression: without the options it was made with, an index was said to be of another model."""
+    path, model = tmp_path / "code.index", cli_folder / "encoder"
+    loading = ["--pooling", "weighted_mean", "--num-layers", 1, "--dtype", "float32"]
+    run(capsys, "index", project, "--model", model, "--out", path, *loading)
+    for options in ([], ["--model", model], loading):
+        assert "unchanged: 2" in run(capsys, "index", project, "--out", path, *options)
+        assert "sums.py:1-3  add" in run(capsys, "search", path, "add two numbers", *options)
+    for command in (["index", project, "--out", path], ["search", path, "add"]):
+        said = run(capsys, *command, "--pooling", "mean", status=1)
+        assert f"{path}: was made with pooling='weighted_mean', not 'mean': leave that option out" in said
+        said = run(capsys, *command, "--causal", status=1)
+        assert f"{path}: was made with bidirectional=None, not False" in said
+
+
 def test_index_and_its_search_refuse(cli_folder, byte_llama, project, tmp_path, capsys):
     path, model = tmp_path / "code.index", cli_folder / "encoder"
     assert "a new index needs --model" in run(capsys, "index", project, "--out", path, status=1)

@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaModel, PreTrainedTokenizerFast
 from uncausal.encoder.data.passages import MAX_CODE, MAX_PROSE, passages
 from uncausal.encoder.model import Encoder
 from uncausal.encoder.serving import index as indexing
-from uncausal.encoder.serving.index import Index, is_index, model_of, update_index
+from uncausal.encoder.serving.index import Index, MadeWith, is_index, made_with, update_index
 
 SUM = 'def add(a, b):\n    """Add two numbers."""\n    return a + b\n'
 READ = (
@@ -324,7 +324,7 @@ def test_update_keeps_the_probe_and_the_model(tmp_path, encoder, monkeypatch):
     before, encode = stored(), encoder.encode_document
     monkeypatch.setattr(encoder, "encode_document", lambda *a, **k: encode(*a, **k) + 1e-3)
     update_index(tmp_path / "i", folder, encoder)
-    assert stored() == before and model_of(tmp_path / "i") == "first" and json.loads(before["probe"])
+    assert stored() == before and made_with(tmp_path / "i").model == "first" and json.loads(before["probe"])
 
 
 def test_every_passage_is_encoded_once(tmp_path, encoder, monkeypatch):
@@ -394,3 +394,73 @@ def test_damaged_and_foreign_files_say_what_to_do(tmp_path, encoder):
         database.execute("PRAGMA user_version = 7")
     with pytest.raises(ValueError, match="another version"):
         Index(path)
+
+
+DAMAGE = [
+    "DROP TABLE passages",
+    "DROP TABLE meta",
+    "ALTER TABLE passages RENAME COLUMN vector TO v",
+    "DELETE FROM meta WHERE key = 'folder'",
+    "UPDATE meta SET value = 'x' WHERE key = 'int8'",
+    "UPDATE meta SET value = '8' WHERE key = 'dimension'",
+    "UPDATE meta SET value = '[1, \"x\"]' WHERE key = 'probe'",
+    "UPDATE meta SET value = '7' WHERE key = 'loading'",
+    "UPDATE passages SET vector = x'00'",
+    "UPDATE passages SET vector = NULL",
+    "UPDATE passages SET line = 'x'",
+    "UPDATE passages SET text = CAST(x'ff' AS TEXT)",
+]
+
+
+@pytest.mark.parametrize("statement", DAMAGE)
+def test_edited_index_says_what_to_do(tmp_path, encoder, statement):
+    """Regression: a KeyError's traceback, or the question whether another process was indexing into it."""
+    folder = write(tmp_path / "src", a_py=SUM)
+    update_index(tmp_path / "i", folder, encoder)
+    with sqlite3.connect(tmp_path / "i") as database:
+        database.execute(statement)
+    told = r"^\S*/i: is damaged \(.+\): delete it and index again$"
+    with pytest.raises(ValueError, match=told):
+        Index(tmp_path / "i")
+    if "DROP" in statement or "meta" in statement:  # the rest an update does not read
+        write(folder, a_py=READ)
+        with pytest.raises(ValueError, match=told):
+            update_index(tmp_path / "i", folder, encoder)
+
+
+def test_index_in_use_is_not_called_damaged(tmp_path, encoder, monkeypatch):
+    update_index(tmp_path / "i", write(tmp_path / "src", a_py=SUM), encoder)
+    monkeypatch.setattr(indexing.sqlite3, "connect", partial(sqlite3.connect, timeout=0))
+    with sqlite3.connect(tmp_path / "i") as other:
+        other.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(ValueError, match="database is locked: is another process indexing into it"):
+            Index(tmp_path / "i")
+
+
+def test_index_keeps_how_its_encoder_was_loaded(tmp_path, encoders):
+    """Regression: a search loaded the model otherwise, and where the probe passed its ranks were others."""
+    model = encoders[0].spec.name_or_path
+    loading = {"pooling": "weighted_mean", "dtype": "float32", "max_seq_length": 64}
+    encoder = Encoder.from_pretrained(model, device="cpu", trust_remote_code=True, **loading)
+    update_index(tmp_path / "i", write(tmp_path / "src", a_py=SUM), encoder, model=model)
+    assert made_with(tmp_path / "i") == Index(tmp_path / "i").made == MadeWith(model, loading)
+    with sqlite3.connect(tmp_path / "i") as database:
+        told = json.dumps({**loading, "trust_remote_code": True, "use_safetensors": False, "token": "x"})
+        database.execute("UPDATE meta SET value = ? WHERE key = 'loading'", [told])
+    assert made_with(tmp_path / "i").loading == loading, "a file must not have a model's code run"
+    encoder.spec = None
+    update_index(tmp_path / "i", tmp_path / "src", encoder)
+    assert made_with(tmp_path / "i") == MadeWith(model, loading), "what was not named is as it was"
+
+
+def test_index_keeps_the_prompt_of_its_documents(tmp_path, encoder, monkeypatch):
+    folder = write(tmp_path / "src", a_py=SUM)
+    update_index(tmp_path / "i", folder, encoder, prompt="passage: ")
+    write(folder, b_md="Other text.")
+    monkeypatch.setattr(encoder, "prompts", {"document": "text: ", "query": ""})
+    assert update_index(tmp_path / "i", folder, encoder).added == 1
+    index = Index(tmp_path / "i")
+    [[hit]] = index.search(encoder, ["Other text."], top_k=1, prompt="passage: ")
+    assert hit.path == "b.md" and hit.score == pytest.approx(1, abs=1e-4)
+    with pytest.raises(ValueError, match="was made with prompt passage: , not text: : name another file"):
+        update_index(tmp_path / "i", folder, encoder, prompt_name="document")

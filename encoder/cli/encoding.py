@@ -166,7 +166,8 @@ def search(
     Args:
         target: index that `uncausal index` wrote; or a model, to search the texts of a file.
         rest: one or more queries; after a model, first the file that holds the texts (- is stdin).
-        model: of an index: what encodes the queries, by default the model that the index was made with.
+        model: of an index: what encodes the queries, by default the model that the index was made with,
+            loaded as it was then.
         within: of an index: only files whose path fits this pattern, for example "*.md".
         column: of a file: field that holds the text.
         prompt: instruction put before the queries.
@@ -242,7 +243,7 @@ def search_index(
     index = Index(path)
     if not (model or index.model):
         raise ValueError(f"{path}: does not say which model made it: give --model")
-    encoder = loading.load(model or index.model)
+    encoder = loading.load_as(index.made, Path(path), model)
     found = index.search(encoder, list(queries), top_k=top_k, within=within, prompt=prompt)
     return [
         {"query": query, "hits": [{**hit._asdict(), "score": round(hit.score, 4)} for hit in hits]}

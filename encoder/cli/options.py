@@ -14,6 +14,7 @@ from tyro.conf import Suppress, arg
 
 if TYPE_CHECKING:
     from uncausal.encoder.model import Encoder
+    from uncausal.encoder.serving.index import MadeWith
 
 Json = Annotated[bool, arg(name="json", help="print one JSON object and nothing else on standard output")]
 
@@ -48,6 +49,27 @@ class Loading:
         from uncausal.encoder.model import Encoder
 
         return Encoder.from_pretrained(model, **options)
+
+    def load_as(self, made: MadeWith, index: Path, model: str | None) -> Encoder:
+        """Load what an index was made with, as it was loaded then, or another model that is named.
+
+        Raises:
+            ValueError: an option says otherwise; where numbers are computed, and how finely, is free.
+        """
+        from uncausal.encoder.loading import absolute
+        from uncausal.encoder.model import Encoder
+
+        source = model or made.model
+        if made.loading is None or absolute(source) != made.model:
+            return self.load(source)
+        given = {name: value for name, value in self.options(source).items() if value != "auto"}
+        for name in given.keys() - {"device", "dtype", "attention"}:
+            if (has := made.loading.get(name)) != given[name]:
+                raise ValueError(
+                    f"{index}: was made with {name}={has!r}, not {given[name]!r}: leave that option out, or "
+                    "index into another file"
+                )
+        return Encoder.from_pretrained(source, **{**made.loading, **given})
 
     def options(self, *models: str) -> dict[str, Any]:
         """The options of `Encoder.from_pretrained` for these models, once the device and GGUF are checked."""

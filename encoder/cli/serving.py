@@ -150,7 +150,8 @@ def index(
     Args:
         folder: folder to read.
         out: file of the index; one that is there is updated, and only changed files are encoded.
-        model: encoder folder, or anything `convert` takes; by default the one that the index was made with.
+        model: encoder folder, or anything `convert` takes; by default the one that the index was made with,
+            loaded as it was then.
         dimension: keep the first so many numbers of a vector (Matryoshka).
         int8: keep a byte a number instead of four.
         batch_tokens: tokens a batch; by default as many as suit the device.
@@ -158,19 +159,20 @@ def index(
     check_writable(out)
     from tqdm import tqdm
 
-    from uncausal.encoder.serving.index import model_of, update_index
+    from uncausal.encoder.loading import absolute
+    from uncausal.encoder.serving.index import MadeWith, made_with, update_index
 
     new = not out.exists() or out.stat().st_size == 0
-    source = model or ("" if new else model_of(out))
-    if not source:
+    made = MadeWith() if new else made_with(out)
+    if not (model or made.model):
         raise ValueError("a new index needs --model MODEL")
-    encoder = loading.load(source)
+    encoder = loading.load_as(made, out, model)
     with tqdm(desc="Indexing", unit="file", disable=not sys.stderr.isatty()) as bar:
         done = update_index(
             out,
             folder,
             encoder,
-            model=str(Path(source).resolve()) if Path(source).exists() else source,
+            model=absolute(model or made.model),
             dimension=dimension,
             int8=int8 or None,
             progress=partial(advance, bar),

@@ -23,6 +23,7 @@ import numpy as np
 
 from uncausal.encoder.data.passages import SUFFIXES, VERSION, Passage, passages
 from uncausal.encoder.data.sources import walk_files
+from uncausal.encoder.loading import PORTABLE
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -32,6 +33,7 @@ FORMAT = 100 + VERSION
 GROUP = 256  # passages encoded and committed together: what an interruption can lose
 PROBE = "Read the file and count the words in it."  # its vector tells one model from another
 SAME_MODEL = 0.99  # least cosine of the probe's vectors
+BUSY = ("locked", "full", "disk I/O", "readonly", "unable to open")  # SQLite's words where the file is whole
 
 SCHEMA = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT);
@@ -53,6 +55,27 @@ class IndexReport:
     unchanged: int = 0
     skipped: Counter[str] = field(default_factory=Counter)
     passages: int = 0
+
+
+class MadeWith(NamedTuple):
+    """What made an index: a model's name, "" where it is not known, and arguments of `from_pretrained`.
+
+    The arguments are those that were not left at their defaults; None where the index does not tell.
+    """
+
+    model: str = ""
+    loading: dict[str, Any] | None = None
+
+
+class _Meta(NamedTuple):
+    """What an index says of itself; an older one tells of no prompt."""
+
+    folder: str
+    made: MadeWith
+    dimension: int
+    int8: bool
+    probe: np.ndarray
+    prompt: str | None
 
 
 class Hit(NamedTuple):
@@ -86,11 +109,12 @@ def update_index(
         path: of the index, a file; made if it is not there.
         folder: to read: its Python, Markdown and text files.
         encoder: makes the vectors; the same for every update.
-        model: what the encoder was loaded from, kept for `uncausal search`.
+        model: what the encoder was loaded from, kept for `uncausal search` with how it was loaded.
         dimension: keep the first so many numbers of a vector (Matryoshka); default: all, or as the index has.
         int8: keep a byte a number instead of four; default: no, or as the index has.
         progress: called with the numbers of files done and to do.
-        **encode_options: of `encoder.encode_document`, for example `batch_tokens`.
+        **encode_options: of `encoder.encode_document`, for example `batch_tokens`; a prompt, or else the
+            encoder's own for documents, is kept for updates.
 
     Raises:
         FileNotFoundError: no such folder.
@@ -103,23 +127,35 @@ def update_index(
     width = encoder.get_embedding_dimension() or 0
     if dimension is not None and not 1 <= dimension <= width:
         raise ValueError(f"dimension is {dimension}; the model's vectors have {width}")
+    prompt, name = encode_options.pop("prompt", None), encode_options.pop("prompt_name", None)
+    if prompt is None and name is not None:
+        prompt = encoder.prompts[name]
     with _database(path, create=True) as database:
-        meta = dict(database.execute("SELECT key, value FROM meta"))
-        if meta:
-            _check_same(path, meta, folder, dimension, int8)
-            dimension, int8 = json.loads(meta["dimension"]), json.loads(meta["int8"])
+        meta = _read_meta(path, database)
+        if meta is not None:
+            _check_same(path, meta, folder, dimension=dimension, int8=int8, prompt=prompt)
+            dimension, int8, prompt = meta.dimension, meta.int8, meta.prompt
+        if prompt is None:
+            prompt = _document_prompt(encoder)
 
         def encode(texts: list[str]) -> np.ndarray:
-            return _unit_vectors(encoder.encode_document, texts, dimension, encode_options)
+            options = {"prompt": prompt, **encode_options}
+            return _unit_vectors(encoder.encode_document, texts, dimension, options)
 
         [probe] = encode([PROBE])
-        if meta:
+        if meta is not None:
             _check_probe(path, meta, probe)
-        meta |= {"folder": str(folder), "model": model or meta.get("model", "")}
-        meta |= {"dimension": json.dumps(len(probe)), "int8": json.dumps(bool(int8))}
-        meta.setdefault("probe", json.dumps(probe.tolist()))
+        told: dict[str, Any] = {"dimension": len(probe), "int8": bool(int8), "prompt": prompt}
+        if meta is None:
+            told["probe"] = probe.tolist()
+        if meta is None or model:
+            spec = getattr(encoder, "spec", None)
+            told["loading"] = spec.portable() if spec else {}
+        rows = {name: json.dumps(value) for name, value in told.items()} | {"folder": str(folder)}
+        if meta is None or model:
+            rows["model"] = model or ""
         with database:
-            database.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", meta.items())
+            database.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", rows.items())
         return _update(database, folder, encode, bool(int8), progress)
 
 
@@ -195,6 +231,7 @@ class Index:
     Attributes:
         folder: what was indexed.
         model: what the encoder was loaded from.
+        made: the same, and how it was loaded.
         vectors: (passages, dimension) float32, of length 1.
 
     Raises:
@@ -205,19 +242,22 @@ class Index:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         with _database(self.path) as database:
-            self._meta = dict(database.execute("SELECT key, value FROM meta"))
+            meta = _read_meta(self.path, database)
             rows = database.execute(
                 "SELECT path, line, end_line, name, text, vector FROM passages ORDER BY path, number"
             ).fetchall()
-        if not rows:
+        if not rows or meta is None:
             raise ValueError(f"{path}: holds no passage: `uncausal index DIR --out {path}` fills it")
-        self._checked: SentenceTransformer | None = None
-        self.folder, self.model = Path(self._meta["folder"]), self._meta["model"]
+        stored = np.dtype(np.int8 if meta.int8 else np.float32)
+        kinds = {(*map(type, row[:5]), isinstance(row[5], bytes) and len(row[5])) for row in rows}
+        if kinds != {(str, int, int, str, str, meta.dimension * stored.itemsize)}:
+            raise _damaged(path, "a passage is not as it was written")
+        self._meta, self._checked = meta, None
+        self.folder, self.model, self.made = Path(meta.folder), meta.made.model, meta.made
         self.passages = [row[:5] for row in rows]
-        stored = np.int8 if json.loads(self._meta["int8"]) else np.float32
         vectors = np.frombuffer(b"".join(row[5] for row in rows), stored).reshape(len(rows), -1)
         self.vectors = vectors.astype(np.float32, copy=False)
-        if stored == np.int8:
+        if meta.int8:
             self.vectors /= np.linalg.norm(self.vectors, axis=1, keepdims=True)
 
     def search(
@@ -243,7 +283,8 @@ class Index:
         """
         dimension = self.vectors.shape[1]
         if encoder is not self._checked:
-            [probe] = _unit_vectors(encoder.encode_document, [PROBE], dimension, {})
+            options = {} if self._meta.prompt is None else {"prompt": self._meta.prompt}
+            [probe] = _unit_vectors(encoder.encode_document, [PROBE], dimension, options)
             _check_probe(self.path, self._meta, probe)
             self._checked = encoder
         scores = _unit_vectors(encoder.encode_query, queries, dimension, encode_options) @ self.vectors.T
@@ -262,11 +303,15 @@ def to_int8(vectors: np.ndarray) -> np.ndarray:
     return np.rint(vectors * (127 / abs(vectors).max(1, keepdims=True, initial=1e-9))).astype(np.int8)
 
 
-def model_of(path: str | Path) -> str:
-    """Return what the encoder of an index was loaded from, "" where it is not known."""
+def made_with(path: str | Path) -> MadeWith:
+    """Return what an index says that it was made with.
+
+    Raises:
+        FileNotFoundError, ValueError: as `Index`.
+    """
     with _database(Path(path)) as database:
-        found = database.execute("SELECT value FROM meta WHERE key = 'model'").fetchone()
-    return found[0] if found else ""
+        meta = _read_meta(Path(path), database)
+    return MadeWith() if meta is None else meta.made
 
 
 def is_index(path: str | Path) -> bool:
@@ -299,34 +344,60 @@ def _database(path: Path, create: bool = False) -> Iterator[sqlite3.Connection]:
             if version != FORMAT:
                 raise ValueError(f"{path}: was made by another version: delete it and index again")
             yield database
-    except sqlite3.OperationalError as error:
-        raise ValueError(
-            f"{path}: {error}: is another process indexing into it, or the disk full?"
-        ) from error
     except sqlite3.DatabaseError as error:
-        raise ValueError(f"{path}: is damaged ({error}): delete it and index again") from error
+        if isinstance(error, sqlite3.OperationalError) and any(word in str(error) for word in BUSY):
+            told = f"{path}: {error}: is another process indexing into it, or the disk full?"
+            raise ValueError(told) from error
+        raise _damaged(path, error) from error
 
 
-def _check_same(
-    path: Path, meta: dict[str, str], folder: Path, dimension: int | None, int8: bool | None
-) -> None:
-    if meta["folder"] != str(folder) and Path(meta["folder"]).is_dir():  # else the folder has moved
-        raise ValueError(f"{path}: is of the folder {meta['folder']}: name another file for {folder}")
-    for name, asked in (("dimension", dimension), ("int8", int8)):
-        has = json.loads(meta[name])
-        if asked is not None and asked != has:
+def _damaged(path: str | Path, why: object) -> ValueError:
+    return ValueError(f"{path}: is damaged ({why}): delete it and index again")
+
+
+def _read_meta(path: Path, database: sqlite3.Connection) -> _Meta | None:
+    """What the index says of itself, or None where nothing was indexed yet."""
+    rows = dict(database.execute("SELECT key, value FROM meta"))
+    if not rows:
+        return None
+    try:
+        told = {name: json.loads(text) for name, text in rows.items() if name not in ("folder", "model")}
+        loading = told.get("loading")
+        if loading is not None:
+            loading = {name: loading[name] for name in PORTABLE if name in loading}
+        made, probe = MadeWith(str(rows["model"]), loading), np.array(told["probe"], dtype=np.float32)
+        if probe.shape != (told["dimension"],):
+            raise ValueError(f"its probe has the shape {probe.shape}")
+        folder, int8 = str(rows["folder"]), bool(told["int8"])
+        return _Meta(folder, made, told["dimension"], int8, probe, told.get("prompt"))
+    except (KeyError, TypeError, ValueError) as error:
+        said = f"no {error}" if isinstance(error, KeyError) else error
+        raise _damaged(path, said) from error
+
+
+def _check_same(path: Path, meta: _Meta, folder: Path, **asked: Any) -> None:
+    if meta.folder != str(folder) and Path(meta.folder).is_dir():  # else the folder has moved
+        raise ValueError(f"{path}: is of the folder {meta.folder}: name another file for {folder}")
+    for name, value in asked.items():
+        has = getattr(meta, name)
+        if None not in (value, has) and value != has:
             raise ValueError(
-                f"{path}: was made with {name} {has}, not {asked}: name another file, or delete it"
+                f"{path}: was made with {name} {has}, not {value}: name another file, or delete it"
             )
 
 
-def _check_probe(path: Path, meta: dict[str, str], probe: np.ndarray) -> None:
-    made = np.array(json.loads(meta["probe"]), dtype=np.float32)
-    if len(made) != len(probe) or made @ probe < SAME_MODEL:
+def _check_probe(path: Path, meta: _Meta, probe: np.ndarray) -> None:
+    if len(meta.probe) != len(probe) or meta.probe @ probe < SAME_MODEL:
         raise ValueError(
-            f"{path}: holds vectors of another model ({meta['model'] or 'not named'}): "
+            f"{path}: holds vectors of another model ({meta.made.model or 'not named'}): "
             "give that one, or delete the index and index again"
         )
+
+
+def _document_prompt(encoder: SentenceTransformer) -> str:
+    """The prompt that `encode_document` puts before a text by itself."""
+    names = [name for name in ("document", "passage", "corpus") if name in encoder.prompts]
+    return encoder.prompts.get((names or [encoder.default_prompt_name])[0] or "") or ""
 
 
 def _unit_vectors(
