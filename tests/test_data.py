@@ -280,8 +280,13 @@ def test_class_triplets_by_hand():
     assert found == class_triplets(texts, labels, negatives=3, seed=1)
     assert found != class_triplets(texts, labels, negatives=3, seed=2)
     rows = read_pairs([{"text": t, "label": x} for t, x in zip(texts, labels, strict=True)], negatives=2)
-    assert rows.column_names == ["anchor", "positive", "negative_1", "negative_2", "label"]
+    assert rows.column_names == ["anchor", "positive", "negative_1", "negative_2", "label", "negative_labels"]
     assert rows["label"] == [0, 1, 0, 1, 2, 2]
+    for row in rows:
+        negatives = (row["negative_1"][0], row["negative_2"][0])
+        assert [["a", "b", "c"].index(first) for first in negatives] == row["negative_labels"]
+    scored = read_pairs([{"text": t, "label": x} for t, x in zip(texts, labels, strict=True)], scored=True)
+    assert scored.column_names == ["anchor", "positive", "negative", "label"]  # another loss takes numbers
 
 
 def test_class_triplets_of_one_large_class_and_of_a_text_in_two():

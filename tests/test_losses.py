@@ -215,6 +215,23 @@ def test_labels_as_ids_drop_equal_labels(hard_negatives):
     torch.testing.assert_close(loss(features, labels), expected)
 
 
+@pytest.mark.parametrize("size", [None, 4], ids=["plain", "cached"])
+def test_negative_of_the_anchors_own_label_is_none(size):
+    """Another row's hard negative may belong to the anchor's class, and was a negative all the same."""
+    model = tiny_model(dropout=0.0)
+    labels = torch.tensor([[0, 1, 2], [1, 0, 0], [0, 2, 1], [2, 1, 0], [1, 2, 0], [0, -1, 3]])
+    features = batch(4, size=6)
+    a, p, n, m = (F.normalize(model(dict(f))["sentence_embedding"], dim=-1) for f in features)
+    of_keys = torch.cat([labels[:, 0], labels[:, 1], labels[:, 2]])
+    scores = a @ torch.cat([p, n, m]).T / 0.05
+    expected = []
+    for row in range(6):
+        kept = [key for key in range(18) if key == row or of_keys[key] != labels[row, 0]]
+        expected.append(torch.logsumexp(scores[row, kept], 0) - scores[row, row])
+    loss = InfoNCELoss(model, labels_as_ids=True, mini_batch_size=size)
+    torch.testing.assert_close(loss(features, labels), torch.stack(expected).mean())
+
+
 def test_info_nce_loss_rejects():
     model = tiny_model()
     with pytest.raises(ValueError, match="temperature > 0"):

@@ -1,5 +1,7 @@
 """What each stage computes, and the settings it refuses."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -341,6 +343,35 @@ def test_ids_of_different_sets_are_different(checkpoint):
     assert [part["label"][:] for part in dataset.values()] == [[0, 0, 1, 1], [2, 3], [4, 4, 5, 5]]
     assert stage.make_loss(encoder, dataset).labels_as_ids
     assert not stage.make_loss(encoder, stage.prepare(encoder, PAIRS)).labels_as_ids
+
+
+@pytest.mark.parametrize("sets", ["classes", "blended"])
+def test_first_loss_of_a_set_of_classes_by_hand(checkpoint, tmp_path, sets):
+    """A shared hard negative of another row was a negative of anchors of its own class (NV-Embed's rule)."""
+    class_of = {text: text.split()[-1] for text in TEXTS if text.endswith(("river", "moon", "music"))}
+    data = [{"text": text, "label": class_of[text]} for text in [*class_of][::8]]
+    stage = Contrastive(max_steps=1, batch_size=len(data), negatives=2, temperature=0.5, **FAST)
+    if sets == "blended":  # with a set whose negatives are of no class
+        data = {"classes": data, "plain": [(a, p, *TEXTS[i : i + 2]) for i, (a, p) in enumerate(PAIRS[:5])]}
+        stage = replace(stage, batch_size=len(data["classes"]) + 5, blend=True)
+    stage.lora_dropout = 0.0
+    encoder = load(checkpoint)
+    dataset = stage.prepare(encoder, data)
+    parts = dataset if sets == "blended" else {"classes": dataset}
+    rows = [(name, row) for name, part in parts.items() for row in part]
+    vectors, classes = [], []  # column by column
+    for column in ("anchor", "positive", "negative_1", "negative_2"):
+        texts = [row[column] for _, row in rows]
+        vectors.append(torch.tensor(encoder.encode(texts, normalize_embeddings=True)))
+        named = zip(texts, rows, strict=True)
+        classes.append([class_of[text] if name == "classes" else None for text, (name, _) in named])
+    scores = vectors[0] @ torch.cat(vectors[1:]).T / 0.5
+    of_keys, expected = sum(classes[1:], []), []
+    for i, mine in enumerate(classes[0]):
+        kept = [j for j, of in enumerate(of_keys) if j == i or mine is None or of != mine]
+        expected.append(torch.logsumexp(scores[i, kept], 0) - scores[i, i])
+    found = losses(train(encoder, stage, data, tmp_path, progress=False))
+    assert found == pytest.approx([torch.stack(expected).mean().item()], abs=2e-4)
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,7 @@ PAIR_NAMES = (
 )
 NEGATIVE = re.compile(r"negative(?:_(\d+))?")
 TEXT, LABEL, INSTRUCTION = "text", "label", "instruction"
+NEGATIVE_LABELS = "negative_labels"
 
 
 @dataclass(kw_only=True)
@@ -64,6 +65,7 @@ class Pair:
     positive: str
     negatives: list[str] = field(default_factory=list)
     id: Any = None
+    negative_ids: list[Any] = field(default_factory=list)  # of each negative, where they are known
     score: float | None = None
     task: str | None = None
     instruction: str | None = None
@@ -79,8 +81,9 @@ def read_pairs(source: Any, **options: Any) -> Dataset | DatasetDict:
 
     Returns:
         A Dataset with the columns anchor, positive, then negative or negative_1 to negative_K; further
-        `label` (integers) where rows carry an id or a label, `score` where asked, and `instruction`, empty
-        for none. For a dict, or rows with a `task`, a DatasetDict of those.
+        `label` (integers) where rows carry an id or a label, `negative_labels` (as many integers as
+        negatives) of a set of classes, `score` where asked, and `instruction`, empty for none. For a dict, or
+        rows with a `task`, a DatasetDict of those.
 
     Raises:
         FileNotFoundError: no such file.
@@ -113,8 +116,9 @@ def class_triplets(
     """Make triplets of a set of classes (NV-Embed, arXiv 2405.17428, section 4.2).
 
     Every text is an anchor; its positive is another example of its class, its negatives are texts of other
-    classes that its own has not too. The class becomes the id, so that examples of one class can be kept from
-    being negatives.
+    classes that its own has not too. The class becomes the id, and that of each negative its id, so that
+    examples of one class can be kept from being negatives. A negative that stands in several classes counts
+    as of the one it was drawn from.
 
     Args:
         texts: the examples. labels: the class of each. places: of each, for messages.
@@ -137,28 +141,29 @@ def class_triplets(
         for label, rows in members.items()
     }
     listed = {label: list(found) for label, found in own.items()}
-    outside: dict[Any, list[str]] = {}
+    outside: dict[Any, dict[str, Any]] = {}
     pairs = []
     for text, label, place in zip(texts, labels, places, strict=True):
         if len(own[label]) < 2:
             raise DataError(f"{place}: the label {label!r} has one example only, so it has no positive")
-        wrong: list[str] = []
+        wrong: dict[str, Any] = {}  # negative -> its class
         for _ in range(100 * negatives):
             if len(wrong) == negatives:
                 break
-            other = texts[int(rng.integers(len(texts)))]
-            if other not in own[label] and other not in wrong:
-                wrong.append(other)
+            index = int(rng.integers(len(texts)))
+            if texts[index] not in own[label]:
+                wrong.setdefault(texts[index], labels[index])
         if len(wrong) < negatives:  # one class has nearly all rows: draw among the others themselves
             if label not in outside:
-                outside[label] = list(dict.fromkeys(other for other in texts if other not in own[label]))
+                others = zip(texts, labels, strict=True)
+                outside[label] = {other: of for other, of in others if other not in own[label]}
             if len(outside[label]) < negatives:
                 raise DataError(f"{place}: fewer than {negatives} examples of other classes than {label!r}")
-            picked = rng.choice(len(outside[label]), negatives, replace=False)
-            wrong = [outside[label][index] for index in picked]
+            there = list(outside[label].items())
+            wrong = dict(there[index] for index in rng.choice(len(there), negatives, replace=False))
         drawn = int(rng.integers(len(own[label]) - 1))
         positive = listed[label][drawn + (drawn >= own[label][text])]
-        pairs.append(Pair(place, text, positive, wrong, id=label))
+        pairs.append(Pair(place, text, positive, [*wrong], id=label, negative_ids=[*wrong.values()]))
     return pairs
 
 
@@ -340,6 +345,8 @@ def _dataset(pairs: list[Pair], options: PairOptions) -> Dataset:
     elif first.id is not None:
         numbers: dict[Any, int] = {}
         columns[LABEL] = [numbers.setdefault(pair.id, len(numbers)) for pair in pairs]
+        if first.negative_ids and not options.scored:
+            columns[NEGATIVE_LABELS] = [[numbers[of] for of in pair.negative_ids] for pair in pairs]
     if any(pair.instruction is not None for pair in pairs):
         columns[INSTRUCTION] = [pair.instruction or "" for pair in pairs]
     return Dataset.from_dict(columns)

@@ -35,7 +35,9 @@ class InfoNCELoss(CachedLossMixin, nn.Module):
             arXiv 2405.17428, section 4.2).
         symmetric: average with the loss of each positive against all anchors.
         margin: drops negatives whose score exceeds the positive's by more than this.
-        labels_as_ids: examples of equal label are never each other's negatives.
+        labels_as_ids: examples of equal label are never each other's negatives. Labels are (B,), or
+            (B, 1 + negatives): of the anchor and of each of its negatives, which is then no negative of
+            anchors of its label either.
         normalize: scores are cosines; False takes the inner product.
         mini_batch_size: texts embedded at a time, for batches larger than memory (GradCache, arXiv
             2101.06983): two forward passes and one backward, the second forward with the random state of
@@ -120,16 +122,21 @@ class InfoNCELoss(CachedLossMixin, nn.Module):
                 f"expected at least the columns anchor and positive, got {len(embeddings)} column"
             )
         query, key, *negatives = embeddings
-        ids = None
+        ids, of_negatives = None, []
         if self.labels_as_ids:
-            if labels is None or labels.shape != (len(query),):
-                raise ValueError(f"labels_as_ids needs one label per anchor ({len(query)},)")
-            ids = labels.to(key.device)
+            if labels is None or labels.shape not in ((len(query),), (len(query), 1 + len(negatives))):
+                found = None if labels is None else tuple(labels.shape)
+                raise ValueError(
+                    f"labels_as_ids needs one label per anchor ({len(query)},), or one more per negative "
+                    f"({len(query)}, {1 + len(negatives)}); got {found}"
+                )
+            ids, *of_negatives = labels.to(key.device).long().reshape(len(query), -1).unbind(1)
         hard = None
         if negatives and self.hard_negatives == "shared" and self.in_batch_negatives:
             key = torch.cat([key, *negatives])
-            if ids is not None:  # a negative column carries no label: give it one that no anchor has
-                ids = F.pad(ids.long(), (0, len(key) - len(ids)), value=torch.iinfo(torch.long).min)
+            if ids is not None:  # a negative of no label gets one that no anchor has
+                unknown = torch.full_like(ids, torch.iinfo(torch.long).min)
+                ids = torch.cat([ids, *(of_negatives or [unknown] * len(negatives))])
         elif negatives:
             hard = torch.stack(negatives, 1)
         if not self.matryoshka_dims:

@@ -14,7 +14,7 @@ from sentence_transformers.base.training_args import BatchSamplers
 from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
 from torch import nn
 
-from uncausal.encoder.data.pairs import INSTRUCTION, LABEL, read_pairs, text_columns
+from uncausal.encoder.data.pairs import INSTRUCTION, LABEL, NEGATIVE_LABELS, read_pairs, text_columns
 from uncausal.encoder.data.rows import DataError
 from uncausal.encoder.training.losses import InfoNCELoss
 from uncausal.encoder.training.samplers import Blended, WeightedSets
@@ -108,7 +108,10 @@ class Contrastive(InfoNCEStage):
         return DatasetDict(_ids_apart(sets)) if sets else dataset
 
     def make_loss(self, encoder: SentenceTransformer, dataset: Any = None, **options: Any) -> nn.Module:
-        """InfoNCE over the batch; rows of equal id or label are no negatives of each other."""
+        """InfoNCE over the batch; rows of equal id or label are no negatives of each other.
+
+        Nor is a negative of another row's whose class is the anchor's.
+        """
         part = next(iter(dataset.values())) if isinstance(dataset, DatasetDict) else dataset
         return super().make_loss(
             encoder,
@@ -158,17 +161,21 @@ class Contrastive(InfoNCEStage):
 
 @dataclass
 class InstructedCollator(SentenceTransformerDataCollator):
-    """Puts before every anchor the prompt of its row's instruction.
+    """Puts before every anchor the prompt of its row's instruction, and behind its label those of negatives.
 
     Args:
         of_rows: the prompts that a row's instruction numbers; one for the anchors in `prompts` goes instead.
     """
 
     # what the library takes for a label it neither tokenises nor takes for a duplicate in a batch
-    valid_label_columns: list[str] = field(default_factory=lambda: [*DEFAULT_LABEL_COLUMNS, INSTRUCTION])
+    valid_label_columns: list[str] = field(
+        default_factory=lambda: [*DEFAULT_LABEL_COLUMNS, INSTRUCTION, NEGATIVE_LABELS]
+    )
     of_rows: list[str] = field(default_factory=list)
 
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
+        if features and NEGATIVE_LABELS in features[0]:
+            features = [_labels_joined(row) for row in features]
         if not self.of_rows:
             return super().__call__(features)
         rows = [{name: value for name, value in row.items() if name != INSTRUCTION} for row in features]
@@ -178,17 +185,30 @@ class InstructedCollator(SentenceTransformerDataCollator):
         return told(rows)
 
 
+def _labels_joined(row: dict[str, Any]) -> dict[str, Any]:
+    """A row whose label is a list: its own, and those of its negatives."""
+    others = {name: value for name, value in row.items() if name != NEGATIVE_LABELS}
+    return {**others, LABEL: [row[LABEL], *row[NEGATIVE_LABELS]]}
+
+
 def _ids_apart(sets: dict[Any, Dataset]) -> dict[Any, Dataset]:
     """Give ids of different sets different numbers, and a number of its own to every row that has none."""
-    if not any(LABEL in part.column_names for part in sets.values()):
+    there = {column for part in sets.values() for column in part.column_names}
+    if LABEL not in there:
         return sets
     start, apart = 0, {}
     for name, part in sets.items():
         ids = part[LABEL] if LABEL in part.column_names else range(len(part))
-        numbers = [start + number for number in ids]
-        start = max(numbers) + 1
-        rest = part.remove_columns([column for column in part.column_names if column == LABEL])
-        apart[name] = rest.add_column(LABEL, numbers)  # pyright: ignore[reportCallIssue]
+        columns: dict[str, list[Any]] = {LABEL: [start + number for number in ids]}
+        if NEGATIVE_LABELS in part.column_names:
+            columns[NEGATIVE_LABELS] = [[start + n for n in numbers] for numbers in part[NEGATIVE_LABELS]]
+        elif NEGATIVE_LABELS in there:  # of no class that is known
+            columns[NEGATIVE_LABELS] = [[-1] * (len(text_columns(part)) - 2)] * len(part)
+        start = max(columns[LABEL]) + 1
+        rest = part.remove_columns([column for column in part.column_names if column in columns])
+        for column, values in columns.items():
+            rest = rest.add_column(column, values)  # pyright: ignore[reportCallIssue]
+        apart[name] = rest
     return apart
 
 
