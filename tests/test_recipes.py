@@ -2,20 +2,24 @@
 
 import json
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.losses.gradcache import CachedLossMixin
 from tiny import FAST, PAIRS, TEXTS, save_checkpoint
 
 from uncausal import MNTP, Contrastive, Encoder, Instruction, SimCSE, run_recipe
 from uncausal.encoder.data.local import SETS
 from uncausal.encoder.loading import local_path
 from uncausal.encoder.pruning import Pruning
+from uncausal.encoder.training import plan as planning
 from uncausal.encoder.training.plan import plan_recipe, plan_table
 from uncausal.encoder.training.recipes import RecipeError, Step, list_recipes, load_recipe
+from uncausal.encoder.training.stages.distill import Distill
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 ROWS = [(anchor, positive, TEXTS[(7 * i + 11) % 300]) for i, (anchor, positive) in enumerate(PAIRS[:64])]
@@ -362,6 +366,50 @@ def test_plan_counts_tokens_and_leaves_no_trace(checkpoint, tmp_path):
     lines = plan_table(plan).splitlines()
     assert "threads" in lines[0] and lines[2].split()[:4] == ["stage", "layers", "steps", "tokens"]
     assert [line.split()[0] for line in lines[3:6]] == ["prune", "mntp", "contrastive"]
+
+
+@pytest.mark.parametrize(
+    ("stage", "twice"),
+    [
+        (SimCSE(batch_size=64, mini_batch_size=16), True),
+        (SimCSE(batch_size=64, mini_batch_size=16, mini_batch_num_tokens=50), True),
+        (SimCSE(batch_size=64, mini_batch_size=64), False),
+        (Contrastive(batch_size=64, mini_batch_size=32), True),
+        (Distill(batch_size=64, mini_batch_size=32, vectors="any"), True),
+        (Distill(batch_size=64, mini_batch_size=64, vectors="any"), False),
+        (MNTP(batch_size=64, mini_batch_size=32, chunk_tokens=8), False),
+    ],
+)
+def test_plan_times_gradcache_where_the_stage_has_it(checkpoint, tmp_path, monkeypatch, stage, twice):
+    """A mini-batch of more tokens than are measured was timed without the pass that comes before it."""
+    monkeypatch.setattr(planning, "MEASURED", 100)
+    cached = []
+    forward = CachedLossMixin.forward_cached
+    monkeypatch.setattr(
+        CachedLossMixin, "forward_cached", lambda self, *a: cached.append(self) or forward(self, *a)
+    )
+    encoder = Encoder.from_pretrained(checkpoint, dtype="float32", device="cpu", num_layers=1)
+    step = Step(stage.name, stage, PAIRS if isinstance(stage, Contrastive) else TEXTS)
+    planning.measure(encoder, step, tmp_path, None)
+    assert bool(cached) is twice
+
+
+@pytest.mark.parametrize(
+    "limits", [{"mini_batch_size": 16}, {"mini_batch_size": 4, "mini_batch_num_tokens": 96}]
+)
+def test_plan_scales_memory_to_the_mini_batch(checkpoint, tmp_path, monkeypatch, limits):
+    """A mini-batch bounded by tokens counted as one of so many rows."""
+    monkeypatch.setattr(planning, "MEASURED", 48)
+
+    @contextmanager
+    def memory(device):
+        yield {"bytes": 1 << 30}
+
+    monkeypatch.setattr(planning, "memory", memory)
+    encoder = Encoder.from_pretrained(checkpoint, dtype="float32", device="cpu", num_layers=1)
+    texts = ["the cat sees the river now"] * 80  # 6 tokens, 12 a row: 4 rows are measured, 2 at a time
+    found = planning.measure(encoder, Step("simcse", SimCSE(batch_size=64, **limits), texts), tmp_path, None)
+    assert found["memory_gib"] == pytest.approx(16 / 2, abs=0.01)
 
 
 def test_stages_of_texts_take_the_texts_of_pairs(monkeypatch):

@@ -49,8 +49,9 @@ def plan_recipe(
 
     Tokens of a stage are its steps times its batch times the mean tokens of a sample of its data, cut as the
     stage cuts them. Its rate is that of its second step, of the stage's own batch, or of one of about
-    `MEASURED` tokens if that is less. Memory is what the step took, scaled to the batch. A prune stage reads
-    its curve, or takes the choice that `output` holds.
+    `MEASURED` tokens if that is less; a stage that embeds twice, by GradCache, does so in that step too.
+    Memory is what the step took, scaled to what the stage has in memory at once. A prune stage reads its
+    curve, or takes the choice that `output` holds.
 
     Returns:
         The device, and a dict a stage with kind, layers, steps, tokens, tokens_per_second, memory_gib, hours.
@@ -81,15 +82,16 @@ def measure(encoder: Encoder, step: Step, folder: Path, data_dir: Any) -> dict[s
     """Train two steps, give the encoder its weights back, and scale what was seen to the whole stage."""
     stage: Any = step.settings
     data = step.read(data_dir)
-    tokens = tokens_of_row(encoder, stage, data)
+    tokens, longest = tokens_of_row(encoder, stage, data)
     whole = stage.batch_size * tokens
     at_once = stage.mini_batch_size or stage.batch_size  # what GradCache or accumulation holds in memory
+    if getattr(stage, "mini_batch_num_tokens", None):
+        at_once = max(min(round(stage.mini_batch_num_tokens / longest), stage.batch_size), 1)
     batch = max(min(stage.batch_size, round(MEASURED / tokens)), 2)
-    small = min(at_once, batch)
-    cached = None if stage.mini_batch_size is None or small == batch else small
-    batch -= batch % (cached or 1)
-    changes: dict[str, Any] = {"max_steps": 2, "batch_size": batch, "mini_batch_size": cached}
-    if cached is None and hasattr(stage, "mini_batch_num_tokens"):
+    small = min(at_once, batch // 2 if stage.embeds_twice else batch)
+    batch -= batch % small
+    changes: dict[str, Any] = {"max_steps": 2, "batch_size": batch, "mini_batch_size": small}
+    if hasattr(stage, "mini_batch_num_tokens"):
         changes["mini_batch_num_tokens"] = None
     changes |= {"logging_steps": 1, "schedule_steps": None, "warmup_steps": 0, "report_to": "none"}
     if isinstance(stage, Distill):  # the vectors of a teacher cost what they cost only once
@@ -102,7 +104,7 @@ def measure(encoder: Encoder, step: Step, folder: Path, data_dir: Any) -> dict[s
     encoder.load_state_dict(before)
     rate = [line["tokens_per_second"] for line in result.history if "tokens_per_second" in line][-1]
     resting = sum(p.numel() * p.element_size() for p in encoder.parameters())
-    needed = resting + peak["bytes"] * max(at_once / (cached or batch), 1)
+    needed = resting + peak["bytes"] * max(at_once / small, 1)
     return {
         "steps": stage.max_steps,
         "tokens": round(stage.max_steps * whole),
@@ -112,10 +114,10 @@ def measure(encoder: Encoder, step: Step, folder: Path, data_dir: Any) -> dict[s
     }
 
 
-def tokens_of_row(encoder: Encoder, stage: Stage, data: Any) -> float:
-    """The mean tokens that a row of a batch costs: a chunk, a text, or all texts of a pair."""
+def tokens_of_row(encoder: Encoder, stage: Stage, data: Any) -> tuple[float, float]:
+    """The mean tokens of a row (a chunk, a text, or all texts of a pair), and of the longest of its texts."""
     if isinstance(stage, MNTP):
-        return stage.chunk_tokens
+        return stage.chunk_tokens, stage.chunk_tokens
     limit = min(getattr(stage, "max_length", 512), encoder.max_seq_length or 512)
     weights = [1.0]
     if isinstance(stage, Contrastive):
@@ -127,8 +129,9 @@ def tokens_of_row(encoder: Encoder, stage: Stage, data: Any) -> float:
         # sets stand one after another
         sample = random.Random(0).sample(data, min(SAMPLE, len(data)))
         columns = [[sample] * (2 if isinstance(stage, SimCSE) else 1)]
-    means = [sum(mean(_lengths(encoder, texts, limit)) for texts in part) for part in columns]
-    return sum(w * m for w, m in zip(weights, means, strict=True)) / sum(weights)
+    means = [[mean(_lengths(encoder, texts, limit)) for texts in part] for part in columns]
+    tokens = sum(w * sum(m) for w, m in zip(weights, means, strict=True)) / sum(weights)
+    return tokens, max(map(max, means))
 
 
 def _columns(part: Dataset) -> list[list[str]]:

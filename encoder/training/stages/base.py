@@ -125,6 +125,11 @@ class Stage:
 
     trains_pooling: ClassVar[bool] = True
 
+    @property
+    def embeds_twice(self) -> bool:
+        """Whether GradCache is at work: it embeds a batch without gradients first, and again with them."""
+        return False
+
     def prepare(self, encoder: SentenceTransformer, data: Any, loss: nn.Module | None = None) -> Any:
         """Turn what the user gave into the dataset that the trainer takes; see the stage for its forms.
 
@@ -229,6 +234,12 @@ class PairStage(Stage):
         super().__post_init__()
         self._require("max_length", self.max_length >= 1, "at least 1")
 
+    @property
+    def embeds_twice(self) -> bool:
+        """As `Stage.embeds_twice`; not where a mini-batch holds a process's whole share of the batch."""
+        share = self.batch_size // PartialState().num_processes
+        return (self.mini_batch_size or share) < share
+
     @contextmanager
     def conditions(self, encoder: SentenceTransformer) -> Iterator[None]:
         """As `Stage.conditions`, with the length limit."""
@@ -290,10 +301,9 @@ class InfoNCEStage(PairStage):
         self._require("exchange", self.exchange in ("all_gather", "ring"), "all_gather or ring")
 
     @property
-    def caches_nothing(self) -> bool:
-        """Whether a mini-batch holds a process's whole share: GradCache would embed it twice for nothing."""
-        share = self.batch_size // PartialState().num_processes
-        return self.mini_batch_num_tokens is None and (self.mini_batch_size or share) >= share
+    def embeds_twice(self) -> bool:
+        """As `PairStage.embeds_twice`, or where tokens bound a mini-batch."""
+        return self.mini_batch_num_tokens is not None or super().embeds_twice
 
     def make_loss(self, encoder: SentenceTransformer, dataset: Any = None, **options: Any) -> nn.Module:
         """Return the loss of a batch's columns; `options` are further ones of `InfoNCELoss`."""
@@ -305,7 +315,7 @@ class InfoNCEStage(PairStage):
             temperature=self.temperature,
             margin=self.margin,
             symmetric=self.symmetric,
-            mini_batch_size=None if self.caches_nothing else self.mini_batch_size,
+            mini_batch_size=self.mini_batch_size if self.embeds_twice else None,
             mini_batch_num_tokens=self.mini_batch_num_tokens,
             matryoshka_dims=self.matryoshka_dims,
             matryoshka_weights=self.matryoshka_weights,

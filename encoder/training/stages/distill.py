@@ -149,7 +149,7 @@ class Distill(PairStage):
         return teacher.encode(texts, show_progress_bar=True, **options).astype(np.float32)
 
     def make_loss(self, encoder: SentenceTransformer, dataset: Any = None) -> nn.Module:
-        return UnitDistance(encoder, self.mini_batch_size)
+        return UnitDistance(encoder, self.mini_batch_size if self.embeds_twice else None)
 
 
 class UnitDistance(CachedLossMixin, nn.Module):
