@@ -96,6 +96,7 @@ class Encoder(SentenceTransformer):
     _quantized = False
     _saved_template: str | None = None
     _saved_ended = False
+    _saved_frozen: Sequence[int] = ()
     _module_classes = {
         _name(Transformer): PackedTransformer,
         _name(library.Pooling): Pooling,
@@ -265,6 +266,8 @@ class Encoder(SentenceTransformer):
         check_vocabulary(transformer.tokenizer, transformer.model)
         if self._saved_template is not None or self._saved_ended:
             transformer.carries(self._saved_template, self._saved_ended)
+        for place in self._saved_frozen:
+            self[place].requires_grad_(False)
         if getattr(transformer.config, "is_causal", None) is False:
             make_bidirectional(transformer.model)
             assert_bidirectional(transformer.model, quick=True)
@@ -273,6 +276,7 @@ class Encoder(SentenceTransformer):
         super()._parse_model_config(model_config)
         self._saved_template = model_config.get("template")
         self._saved_ended = model_config.get("end_token") is True
+        self._saved_frozen = model_config.get("frozen_maps", ())
 
     def _get_model_config(self) -> dict[str, Any]:
         config, transformer = super()._get_model_config(), self.transformer
@@ -280,6 +284,8 @@ class Encoder(SentenceTransformer):
             config["template"] = transformer.template
         if getattr(transformer, "ended", False):
             config["end_token"] = True
+        if frozen := [i for i, one in enumerate(self) if isinstance(one, LinearMap) and one.frozen]:
+            config["frozen_maps"] = frozen
         return config
 
     @property
@@ -337,7 +343,8 @@ class Encoder(SentenceTransformer):
     def whiten(self, texts: Sequence[str], **settings: Any) -> None:
         """Append the whitening of these texts' vectors (arXiv 2103.15316), `Whitening(**settings)`.
 
-        The map is one module of the saved encoder; a second call renews it.
+        The map is one module of the saved encoder; a second call renews it. Stages do not train it, also
+        after a reload, unless its `requires_grad_()` is called before.
 
         Raises:
             ValueError: fewer texts than the vectors have dimensions.

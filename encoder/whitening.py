@@ -28,6 +28,11 @@ class LinearMap(Dense):
         vectors = features[self.module_input_name]
         return super().forward({**features, self.module_input_name: vectors.to(self.linear.weight.dtype)})
 
+    @property
+    def frozen(self) -> bool:
+        """Whether stages leave it as it is."""
+        return not any(parameter.requires_grad for parameter in self.parameters())
+
     @classmethod
     def empty(cls, in_features: int, out_features: int) -> "LinearMap":
         """One without activation, whose weights are still to be set."""
@@ -89,8 +94,8 @@ def whitening_map(vectors: np.ndarray, power: float = 1.0, dim: int | None = Non
 
     Returns:
         A linear module D -> `dim` (default D), directions of most variance first; its outputs have a mean
-        variance of 1 over the sample. Its weights ask for no gradient, until it is saved and loaded: stages
-        train what stands before it.
+        variance of 1 over the sample. Its weights ask for no gradient, and an encoder saves and loads it so:
+        stages train what stands before it.
     """
     count, width = vectors.shape
     if count < width:

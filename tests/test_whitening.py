@@ -11,7 +11,7 @@ from tiny import FAST, PAIRS, TEXTS, load, save_checkpoint
 
 from uncausal import Contrastive, run_recipe, train
 from uncausal.encoder.training.recipes import RecipeError, load_recipe
-from uncausal.encoder.whitening import LinearMap, Whitening, whitening_map
+from uncausal.encoder.whitening import LinearMap, Whitening, append_linear, whitening_map
 
 RECIPE = """
 [model]
@@ -136,6 +136,32 @@ def test_map_stays_as_it_is_in_training(checkpoint, tmp_path):
     train(encoder, Contrastive(max_steps=3, batch_size=16, **FAST), PAIRS, tmp_path, progress=False)
     assert torch.equal(encoder[2].linear.weight, before)
     assert not np.allclose(encoder.encode(TEXTS[:3]), words, atol=1e-3)
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_map_of_a_saved_encoder_is_trained_only_if_asked_for(checkpoint, tmp_path, asked):
+    """After a reload it was trained along, and the same stages gave another encoder than in one run."""
+    encoder = load(checkpoint)
+    encoder.whiten(TEXTS)
+    encoder.save_pretrained(str(tmp_path / "once"))
+    load(tmp_path / "once").save_pretrained(str(tmp_path / "twice"))
+    again = load(tmp_path / "twice")
+    if asked:
+        again[2].requires_grad_()
+    train(again, Contrastive(max_steps=3, batch_size=16, **FAST), PAIRS, tmp_path / "run", progress=False)
+    assert torch.equal(again[2].linear.weight, encoder[2].linear.weight) is not asked
+    again.save_pretrained(str(tmp_path / "trained"))
+    assert load(tmp_path / "trained")[2].frozen is not asked
+
+
+def test_trained_map_of_distillation_is_trained_on_after_a_reload(checkpoint, tmp_path):
+    """What is frozen is the whitening alone."""
+    encoder = load(checkpoint)
+    append_linear(encoder, LinearMap.empty(32, 16))
+    encoder.save_pretrained(str(tmp_path / "saved"))
+    again = load(tmp_path / "saved")
+    train(again, Contrastive(max_steps=3, batch_size=16, **FAST), PAIRS, tmp_path / "run", progress=False)
+    assert not torch.equal(again[2].linear.weight, encoder[2].linear.weight)
 
 
 def test_recipe_fits_once_and_goes_on_with_the_same_map(checkpoint, tmp_path, monkeypatch):
