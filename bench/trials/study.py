@@ -163,7 +163,8 @@ def budgeted(step: Step, model: Model, base: str, tokens: int, seed: int, data: 
             name: [{**row, "instruction": model.instructions[name]} for row in part]
             for name, part in rows.items()
         }
-    batch = stage.batch_size * tokens_of_row(Encoder.from_pretrained(base), stage, rows)
+    of_row, _ = tokens_of_row(Encoder.from_pretrained(base), stage, rows)
+    batch = stage.batch_size * of_row
     count = max(round(tokens * model.share(step) / batch), 1)
     if isinstance(stage, Distill):  # the teacher encodes no more than is learnt from
         rows = random.Random(seed).sample(rows, min(count * stage.batch_size, len(rows)))
