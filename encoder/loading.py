@@ -24,9 +24,21 @@ if TYPE_CHECKING:
 
 PACKAGE = "package:"  # before NAME/FILE: a file that an installed package carries
 HUB_OPTIONS = ("revision", "token", "trust_remote_code", "cache_dir", "local_files_only")
+ATTENTIONS = ("auto", "uncausal", "sdpa", "eager")  # by other names transformers fetches code
 # Arguments of an encoder that decide its vectors; none lets a model's code run, or says where models are.
-PORTABLE = ("pooling", "bidirectional", "num_layers", "attention", "adapter", "template", "normalize")
-PORTABLE += ("max_seq_length", "gguf_file", "dtype", "revision")
+PORTABLE: dict[str, type] = {
+    "pooling": str,
+    "bidirectional": bool,
+    "num_layers": int,
+    "attention": str,
+    "adapter": list,
+    "template": str,
+    "normalize": bool,
+    "max_seq_length": int,
+    "gguf_file": str,
+    "dtype": str,
+    "revision": str,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +85,22 @@ class EncoderSpec:
             given["adapter"] = [absolute(adapter) for adapter in adapters]
         if "dtype" in given:
             given["dtype"] = str(self.dtype).removeprefix("torch.")
+        if given.get("attention", "auto") not in ATTENTIONS:
+            del given["attention"]
         return given
+
+    @staticmethod
+    def checked(portable: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what `portable` gave, read from a file that anyone may have written.
+
+        Raises:
+            ValueError: a value of another type, or an attention by a name that would have code fetched.
+        """
+        found = {name: portable[name] for name in PORTABLE if name in portable}
+        for name, value in found.items():
+            if type(value) is not PORTABLE[name] or name == "attention" and value not in ATTENTIONS:
+                raise ValueError(f"its {name} is {value!r}")
+        return found
 
     @property
     def hub(self) -> dict[str, Any]:

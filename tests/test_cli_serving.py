@@ -7,8 +7,10 @@ import os
 import re
 import signal
 import socket
+import sqlite3
 import threading
 import time
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -177,8 +179,17 @@ def test_index_is_updated_and_searched_with_the_model_as_it_was_loaded(cli_folde
     for command in (["index", project, "--out", path], ["search", path, "add"]):
         said = run(capsys, *command, "--pooling", "mean", status=1)
         assert f"{path}: was made with pooling='weighted_mean', not 'mean': leave that option out" in said
-        said = run(capsys, *command, "--causal", status=1)
-        assert f"{path}: was made with bidirectional=None, not False" in said
+        assert "cannot be made causal again" in run(capsys, *command, "--causal", status=1)
+        # where the index tells of no length, its vectors decide
+        said = run(capsys, *command, "--max-seq-length", 4, status=1)
+        assert "or of one loaded otherwise" in said
+    model.rename(moved := model.with_name("moved"))
+    run(capsys, "search", path, "add", "--max-seq-length", 64, "--model", moved)
+    assert "unchanged: 2" in run(capsys, "index", project, "--out", path, "--model", moved)
+    with closing(sqlite3.connect(path)) as database:
+        [[told]] = database.execute("SELECT value FROM meta WHERE key = 'loading'")
+    assert json.loads(told) == {"pooling": "weighted_mean", "num_layers": 1, "dtype": "float32"}
+    moved.rename(model)
 
 
 def test_index_and_its_search_refuse(cli_folder, byte_llama, project, tmp_path, capsys):

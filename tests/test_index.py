@@ -349,7 +349,7 @@ def test_index_of_another_model_is_refused(tmp_path, encoders):
     update_index(tmp_path / "i", folder, encoders[0], model="first")
     before = contents(tmp_path / "i")[0]
     write(folder, b_py=READ)
-    message = r"i: holds vectors of another model \(first\)"
+    message = r"i: holds vectors of another model \(first\), or of one loaded otherwise"
     with pytest.raises(ValueError, match=message):
         update_index(tmp_path / "i", folder, encoders[1])
     index = Index(tmp_path / "i")
@@ -405,6 +405,9 @@ DAMAGE = [
     "UPDATE meta SET value = '8' WHERE key = 'dimension'",
     "UPDATE meta SET value = '[1, \"x\"]' WHERE key = 'probe'",
     "UPDATE meta SET value = '7' WHERE key = 'loading'",
+    "UPDATE meta SET value = '{\"num_layers\": \"x\"}' WHERE key = 'loading'",
+    "UPDATE meta SET value = '{\"attention\": \"somebody/kernels:function\"}' WHERE key = 'loading'",
+    "UPDATE meta SET value = '5' WHERE key = 'prompt'",
     "UPDATE passages SET vector = x'00'",
     "UPDATE passages SET vector = NULL",
     "UPDATE passages SET line = 'x'",

@@ -51,25 +51,24 @@ class Loading:
         return Encoder.from_pretrained(model, **options)
 
     def load_as(self, made: MadeWith, index: Path, model: str | None) -> Encoder:
-        """Load what an index was made with, as it was loaded then, or another model that is named.
+        """Load a model as the one was loaded that an index was made with: by default that one.
+
+        Whether it is the same, by another name or an option that the index does not tell, its vectors show.
 
         Raises:
             ValueError: an option says otherwise; where numbers are computed, and how finely, is free.
         """
-        from uncausal.encoder.loading import absolute
         from uncausal.encoder.model import Encoder
 
-        source = model or made.model
-        if made.loading is None or absolute(source) != made.model:
-            return self.load(source)
+        source, loading = model or made.model, made.loading or {}
         given = {name: value for name, value in self.options(source).items() if value != "auto"}
-        for name in given.keys() - {"device", "dtype", "attention"}:
-            if (has := made.loading.get(name)) != given[name]:
+        for name in (given.keys() & loading.keys()) - {"device", "dtype", "attention"}:
+            if loading[name] != given[name]:
                 raise ValueError(
-                    f"{index}: was made with {name}={has!r}, not {given[name]!r}: leave that option out, or "
-                    "index into another file"
+                    f"{index}: was made with {name}={loading[name]!r}, not {given[name]!r}: leave that "
+                    "option out, or index into another file"
                 )
-        return Encoder.from_pretrained(source, **{**made.loading, **given})
+        return Encoder.from_pretrained(source, **{**loading, **given})
 
     def options(self, *models: str) -> dict[str, Any]:
         """The options of `Encoder.from_pretrained` for these models, once the device and GGUF are checked."""

@@ -23,7 +23,7 @@ import numpy as np
 
 from uncausal.encoder.data.passages import SUFFIXES, VERSION, Passage, passages
 from uncausal.encoder.data.sources import walk_files
-from uncausal.encoder.loading import PORTABLE
+from uncausal.encoder.loading import EncoderSpec
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -33,7 +33,8 @@ FORMAT = 100 + VERSION
 GROUP = 256  # passages encoded and committed together: what an interruption can lose
 PROBE = "Read the file and count the words in it."  # its vector tells one model from another
 SAME_MODEL = 0.99  # least cosine of the probe's vectors
-BUSY = ("locked", "full", "disk I/O", "readonly", "unable to open")  # SQLite's words where the file is whole
+# SQLite's words where the file is whole; of two that make one, the second finds a table that exists.
+BUSY = ("locked", "locking protocol", "already exists", "full", "disk I/O", "readonly", "unable to open")
 
 SCHEMA = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT);
@@ -364,13 +365,14 @@ def _read_meta(path: Path, database: sqlite3.Connection) -> _Meta | None:
         told = {name: json.loads(text) for name, text in rows.items() if name not in ("folder", "model")}
         loading = told.get("loading")
         if loading is not None:
-            loading = {name: loading[name] for name in PORTABLE if name in loading}
+            loading = EncoderSpec.checked(loading)
         made, probe = MadeWith(str(rows["model"]), loading), np.array(told["probe"], dtype=np.float32)
         if probe.shape != (told["dimension"],):
             raise ValueError(f"its probe has the shape {probe.shape}")
-        folder, int8 = str(rows["folder"]), bool(told["int8"])
-        return _Meta(folder, made, told["dimension"], int8, probe, told.get("prompt"))
-    except (KeyError, TypeError, ValueError) as error:
+        if not isinstance(prompt := told.get("prompt"), str | None):
+            raise ValueError(f"its prompt is {prompt!r}")
+        return _Meta(str(rows["folder"]), made, len(probe), bool(told["int8"]), probe, prompt)
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         said = f"no {error}" if isinstance(error, KeyError) else error
         raise _damaged(path, said) from error
 
@@ -389,8 +391,8 @@ def _check_same(path: Path, meta: _Meta, folder: Path, **asked: Any) -> None:
 def _check_probe(path: Path, meta: _Meta, probe: np.ndarray) -> None:
     if len(meta.probe) != len(probe) or meta.probe @ probe < SAME_MODEL:
         raise ValueError(
-            f"{path}: holds vectors of another model ({meta.made.model or 'not named'}): "
-            "give that one, or delete the index and index again"
+            f"{path}: holds vectors of another model ({meta.made.model or 'not named'}), or "
+            "of one loaded otherwise: give that one, or delete the index and index again"
         )
 
 
