@@ -266,8 +266,9 @@ class Encoder(SentenceTransformer):
         check_vocabulary(transformer.tokenizer, transformer.model)
         if self._saved_template is not None or self._saved_ended:
             transformer.carries(self._saved_template, self._saved_ended)
-        for place in self._saved_frozen:
-            self[place].requires_grad_(False)
+        for place, module in enumerate(self):
+            if isinstance(module, LinearMap) and place in self._saved_frozen:
+                module.requires_grad_(False)
         if getattr(transformer.config, "is_causal", None) is False:
             make_bidirectional(transformer.model)
             assert_bidirectional(transformer.model, quick=True)
@@ -276,7 +277,8 @@ class Encoder(SentenceTransformer):
         super()._parse_model_config(model_config)
         self._saved_template = model_config.get("template")
         self._saved_ended = model_config.get("end_token") is True
-        self._saved_frozen = model_config.get("frozen_maps", ())
+        frozen = model_config.get("frozen_maps")
+        self._saved_frozen = frozen if isinstance(frozen, list) else ()
 
     def _get_model_config(self) -> dict[str, Any]:
         config, transformer = super()._get_model_config(), self.transformer

@@ -7,6 +7,8 @@ Without any training the map brings it out; before training it spares the steps 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import wraps
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,17 +23,26 @@ FLOOR = 1e-4  # of the largest variance: directions below it are noise, and are 
 
 
 class LinearMap(Dense):
-    """The library's linear layer, for vectors of any dtype."""
+    """The library's linear layer, for vectors of any dtype.
+
+    Attributes:
+        frozen: whether stages leave it as it is, also after a reload; its own `requires_grad_` says so.
+    """
+
+    frozen = False
+
+    @wraps(Dense.__init__)  # whose parameters tell the library what a saved one holds
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        use_onednn(self)  # whose products of few rows are those of many, bit by bit
 
     def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
-        use_onednn(self)  # whose products of few rows are those of many, bit by bit
         vectors = features[self.module_input_name]
         return super().forward({**features, self.module_input_name: vectors.to(self.linear.weight.dtype)})
 
-    @property
-    def frozen(self) -> bool:
-        """Whether stages leave it as it is."""
-        return not any(parameter.requires_grad for parameter in self.parameters())
+    def requires_grad_(self, requires_grad: bool = True) -> "LinearMap":
+        self.frozen = not requires_grad
+        return super().requires_grad_(requires_grad)
 
     @classmethod
     def empty(cls, in_features: int, out_features: int) -> "LinearMap":

@@ -154,6 +154,26 @@ def test_map_of_a_saved_encoder_is_trained_only_if_asked_for(checkpoint, tmp_pat
     assert load(tmp_path / "trained")[2].frozen is not asked
 
 
+def test_map_that_was_not_frozen_itself_is_not_saved_as_frozen(checkpoint, tmp_path):
+    """Nor by a save in the middle of a stage, which freezes parameters for its time."""
+    encoder = load(checkpoint)
+    append_linear(encoder, LinearMap.empty(32, 16))
+    encoder.requires_grad_(False)
+    encoder.save_pretrained(str(tmp_path / "saved"))
+    again = load(tmp_path / "saved")
+    assert not again[2].frozen and again[2].linear.weight.requires_grad
+
+
+@pytest.mark.parametrize("saved", [None, 5, ["1"], [99], [1]])
+def test_what_is_no_map_is_not_frozen(checkpoint, tmp_path, saved):
+    encoder = load(checkpoint)
+    encoder.whiten(TEXTS)
+    encoder.save_pretrained(str(tmp_path / "saved"))
+    path = tmp_path / "saved" / "config_sentence_transformers.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "frozen_maps": saved}))
+    assert not load(tmp_path / "saved")[2].frozen
+
+
 def test_trained_map_of_distillation_is_trained_on_after_a_reload(checkpoint, tmp_path):
     """What is frozen is the whitening alone."""
     encoder = load(checkpoint)
