@@ -18,8 +18,15 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-# A shared file system need not show one machine the locks of another.
-STAGED, FORMER = f".{zlib.crc32(os.uname().nodename.encode()):08x}.staged", ".former"
+
+def _machine() -> str:
+    """Tells this machine from others by eight digits: a shared file system need not show them its locks."""
+    own = Path("/etc/machine-id")  # containers may share a name
+    said = os.uname().nodename + (own.read_text() if own.is_file() else "")
+    return f"{zlib.crc32(said.encode()):08x}"
+
+
+STAGED, FORMER = f".{_machine()}.staged", ".former"
 
 
 @contextmanager
@@ -35,7 +42,7 @@ def staged(path: Path, outdated: str = "") -> Iterator[Path]:
     check_replaceable(path)
     path = path.resolve()
     staging, lock = _begin(path, folder=True)
-    former = staging.with_name(staging.name + FORMER)
+    former, placed = staging.with_name(staging.name + FORMER), False
     try:
         yield staging
         staging.chmod(0o777 & ~_umask())
@@ -51,9 +58,10 @@ def staged(path: Path, outdated: str = "") -> Iterator[Path]:
             if path.exists():
                 path.rename(former)
             staging.rename(path)
+        placed = True
         _flush(path.parent)
     finally:
-        if former.exists() and not path.exists():
+        if former.exists() and not placed and not path.exists():
             former.rename(path)
         for rest in (staging, former):
             shutil.rmtree(rest, ignore_errors=True)

@@ -106,7 +106,9 @@ class PackedTransformer(Transformer):
         super()._apply(fn, recurse)
         for (buffers, name), before in zip(rotary, exact, strict=True):
             after = buffers[name]
-            if before is not None and after is not None and after.dtype in (torch.float16, torch.bfloat16):
+            if before is None or after is None or before.is_meta:
+                continue
+            if after.dtype in (torch.float16, torch.bfloat16):
                 buffers[name] = before.to(after.device)
         return self
 
