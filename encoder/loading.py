@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -176,10 +177,11 @@ def located(source: str | Path, gguf_file: str | None, **hub: Any) -> Iterator[s
         return
     try:
         config = GgufConfig(dequantize=True)
-        model = AutoModel.from_pretrained(
-            source, gguf_file=gguf_file, quantization_config=config, dtype=torch.float32, **hub
-        )
-        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf_file, **hub)
+        with _gguf_parsed_once():
+            model = AutoModel.from_pretrained(
+                source, gguf_file=gguf_file, quantization_config=config, dtype=torch.float32, **hub
+            )
+            tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf_file, **hub)
     except (ValueError, NotImplementedError, RuntimeError) as error:
         raise ValueError(f"{gguf_file}: transformers cannot read this GGUF ({error})") from error
     # save_pretrained refuses a model that still claims to be quantised.
@@ -190,6 +192,24 @@ def located(source: str | Path, gguf_file: str | None, **hub: Any) -> Iterator[s
         tokenizer.save_pretrained(folder)
         del model
         yield folder
+
+
+@contextmanager
+def _gguf_parsed_once() -> Iterator[None]:
+    """Keep what the gguf package parses: transformers asks for a file thrice, and for names once a module."""
+    if importlib.util.find_spec("gguf") is None:
+        yield  # transformers says so
+        return
+    import gguf
+
+    asked = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
+    try:
+        for name, function in asked.items():
+            setattr(gguf, name, cache(function))
+        yield
+    finally:
+        for name, function in asked.items():
+            setattr(gguf, name, function)
 
 
 def is_adapter(source: str, hub: Mapping[str, Any]) -> bool:

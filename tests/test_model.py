@@ -324,6 +324,33 @@ def test_unreachable_model_is_named(monkeypatch):
         Encoder.from_pretrained("nobody/nothing")
 
 
+def test_gguf_is_parsed_once_a_load(tmp_path, monkeypatch):
+    """What transformers asks the gguf package for again and again took ten of seventeen seconds."""
+    import gguf
+    from transformers import AutoModel, AutoTokenizer
+
+    from uncausal.encoder.loading import located
+
+    before, readers = gguf.GGUFReader, []
+    writer = gguf.GGUFWriter(str(tmp_path / "odd.gguf"), "notamodel")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+
+    def read(*_, **__):
+        readers.append(gguf.GGUFReader(tmp_path / "odd.gguf"))
+
+    def fail(*_, **__):
+        read()
+        raise ValueError("of no use")
+
+    monkeypatch.setattr(AutoModel, "from_pretrained", read)
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", fail)
+    with pytest.raises(ValueError, match="of no use"), located(tmp_path, "odd.gguf"):
+        pass
+    assert readers[0] is readers[1] and gguf.GGUFReader is before
+
+
 def test_unsupported_gguf_is_named(tmp_path):
     import gguf
 
