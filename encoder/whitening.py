@@ -47,7 +47,7 @@ class LinearMap(Dense):
     @classmethod
     def empty(cls, in_features: int, out_features: int) -> "LinearMap":
         """One without activation, whose weights are still to be set."""
-        return cls(in_features, out_features, activation_function=nn.Identity())
+        return cls(in_features, out_features, activation_function=nn.Identity())  # pyright: ignore[reportArgumentType]
 
 
 @dataclass(kw_only=True)
