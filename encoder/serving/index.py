@@ -135,7 +135,8 @@ def update_index(
         meta = _read_meta(path, database)
         if meta is not None:
             _check_same(path, meta, folder, dimension=dimension, int8=int8, prompt=prompt)
-            dimension, int8, prompt = meta.dimension, meta.int8, meta.prompt
+            dimension, int8 = meta.dimension, meta.int8
+            prompt = prompt if meta.prompt is None else meta.prompt
         if prompt is None:
             prompt = _document_prompt(encoder)
 
@@ -147,14 +148,13 @@ def update_index(
         if meta is not None:
             _check_probe(path, meta, probe)
         told: dict[str, Any] = {"dimension": len(probe), "int8": bool(int8), "prompt": prompt}
+        rows = {"folder": str(folder)}
         if meta is None:
             told["probe"] = probe.tolist()
         if meta is None or model:
-            spec = getattr(encoder, "spec", None)
+            rows["model"], spec = model or "", getattr(encoder, "spec", None)
             told["loading"] = spec.portable() if spec else {}
-        rows = {name: json.dumps(value) for name, value in told.items()} | {"folder": str(folder)}
-        if meta is None or model:
-            rows["model"] = model or ""
+        rows |= {name: json.dumps(value) for name, value in told.items()}
         with database:
             database.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", rows.items())
         return _update(database, folder, encode, bool(int8), progress)
@@ -253,7 +253,8 @@ class Index:
         kinds = {(*map(type, row[:5]), isinstance(row[5], bytes) and len(row[5])) for row in rows}
         if kinds != {(str, int, int, str, str, meta.dimension * stored.itemsize)}:
             raise _damaged(path, "a passage is not as it was written")
-        self._meta, self._checked = meta, None
+        self._meta = meta
+        self._checked: SentenceTransformer | None = None
         self.folder, self.model, self.made = Path(meta.folder), meta.made.model, meta.made
         self.passages = [row[:5] for row in rows]
         vectors = np.frombuffer(b"".join(row[5] for row in rows), stored).reshape(len(rows), -1)
