@@ -63,7 +63,6 @@ def test_jobs_train_a_model_once_and_before_its_cells(tmp_path):
     jobs = study.jobs(results, ["mntp.mean", "mntp+simcse.mean", "bidirectional.mean"])
     assert [(job.kind, job.name, job.seed) for job in jobs] == [
         ("train", "language-model", 0),
-        ("train", "bidirectional", 0),
         ("train", "mntp", 0),
         ("score", "mntp.mean", 0),
         ("train", "mntp", 1),
@@ -72,6 +71,7 @@ def test_jobs_train_a_model_once_and_before_its_cells(tmp_path):
         ("score", "mntp+simcse.mean", 0),
         ("train", "mntp+simcse", 1),
         ("score", "mntp+simcse.mean", 1),
+        ("train", "bidirectional", 0),
         ("score", "bidirectional.mean", 0),  # nothing in it is drawn
     ]
 
@@ -101,6 +101,8 @@ def test_cells_scored_apart_are_compared_by_pairs(tmp_path):
 
 def test_scores_are_means_over_seeds(tmp_path):
     results = Results(tmp_path, Settings(seeds=2))
+    assert results.folder("mntp", 0) != results.folder("mntp", 1)
+    assert results.folder("bidirectional", 0) == results.folder("bidirectional", 1)  # it is not trained
     study.write(results.file("mntp.mean", 0), {"draws": {"sts": [50.0, 48.0, 52.0]}})
     assert results.draws("mntp.mean") is None  # until both are there
     study.write(results.file("mntp.mean", 1), {"draws": {"sts": [60.0, 56.0, 64.0]}})

@@ -30,11 +30,13 @@ from uncausal.encoder.model import Encoder
 from uncausal.encoder.pruning import Pruning
 from uncausal.encoder.training.follow import RESULT, run_recipe
 from uncausal.encoder.training.plan import tokens_of_row
+from uncausal.encoder.training.progress import TrainingInterrupted
 from uncausal.encoder.training.recipes import Recipe, Step
 from uncausal.encoder.training.stages.distill import Distill
 
 # A core in bf16, for the estimate of the time left: layers x tokens trained a second, seconds a layer scored.
 TRAINED, SCORED = 4400, 10
+TRUST = 300  # seconds of work after which the pace so far counts as much as the guesses
 SENTENCES = 2000  # that the probe of words learns on
 
 
@@ -62,6 +64,8 @@ def main() -> None:
         study(Results(options["output"], settings), data_dir(options["data_dir"]), options["only"])
     except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))
+    except TrainingInterrupted as stopped:
+        parser.exit(130, f"{stopped}\n")
 
 
 class Job(NamedTuple):
@@ -100,7 +104,8 @@ def study(results: Results, data: Path, only: Sequence[str] = ()) -> None:
         results.collect()
         seconds = time.perf_counter() - start
         guessed, spent = guessed + job.seconds, spent + seconds
-        left = sum(later.seconds for later in todo[number:]) * spent / guessed / 60
+        pace = (spent + TRUST) / (guessed + TRUST)
+        left = sum(later.seconds for later in todo[number:]) * pace / 60
         print(f"{place}: {outcome}, {seconds / 60:.1f} min; {left:.0f} min left", flush=True)
     print(results.collect())
 
