@@ -1,5 +1,6 @@
 """The commands serve and index, and the search of an index."""
 
+import gc
 import http.client
 import importlib.util
 import json
@@ -43,7 +44,7 @@ def served(capsys, monkeypatch, command, *requests, stop=signal.SIGINT):
     """Run the server in this thread, ask from another, then stop it by a signal; return the answers."""
     from uncausal.encoder.cli import serving
 
-    sockets, answers, listen = [], [], serving.listen
+    sockets, answers, frozen, listen = [], [], [], serving.listen
 
     def listening(host, port):
         sockets.append(listen(host, port))
@@ -55,6 +56,7 @@ def served(capsys, monkeypatch, command, *requests, stop=signal.SIGINT):
                 time.sleep(0.02)
             port = sockets[0].getsockname()[1]
             answers.extend(ask(port, *request) for request in requests)
+            frozen.append(gc.get_freeze_count())
         finally:
             os.kill(os.getpid(), stop)
 
@@ -64,6 +66,7 @@ def served(capsys, monkeypatch, command, *requests, stop=signal.SIGINT):
     capsys.readouterr()
     assert main([str(word) for word in command]) == 0
     thread.join(30)
+    assert frozen[0] > 0 == gc.get_freeze_count()  # the collector leaves the model alone while it serves
     return answers, capsys.readouterr().err
 
 
