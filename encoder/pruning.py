@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from uncausal.encoder.data.pairs import read_pairs, text_columns
+from uncausal.encoder.data.rows import DataError
 from uncausal.encoder.layers import decoder_layers, final_norm
 
 if TYPE_CHECKING:
@@ -128,9 +129,9 @@ def layer_losses(
         One mean loss per layer, first layer first.
     """
     if not triplets:
-        raise ValueError("layer_losses needs at least one (anchor, positive[, negative]) row")
+        raise DataError("layer_losses needs at least one (anchor, positive[, negative]) row")
     if min(batch_size, len(triplets)) == 1 and len(triplets[0]) == 2:
-        raise ValueError(
+        raise DataError(
             "a batch of one pair has no negative, and the loss is 0 at every depth: give more pairs"
         )
     layers = decoder_layers(encoder.backbone)

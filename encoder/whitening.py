@@ -17,6 +17,7 @@ from sentence_transformers.base.modules import Dense
 from sentence_transformers.sentence_transformer.modules import Normalize
 from torch import Tensor, nn
 
+from uncausal.encoder.data.rows import DataError
 from uncausal.encoder.linear import use_onednn
 
 FLOOR = 1e-4  # of the largest variance: directions below it are noise, and are not amplified further
@@ -110,7 +111,7 @@ def whitening_map(vectors: np.ndarray, power: float = 1.0, dim: int | None = Non
     """
     count, width = vectors.shape
     if count < width:
-        raise ValueError(f"whitening {width} dimensions needs at least as many texts; there are {count}")
+        raise DataError(f"whitening {width} dimensions needs at least as many texts; there are {count}")
     if (dim or 1) > width:
         raise ValueError(f"whitening: dim is {dim}; the vectors have {width} dimensions")
     mean = vectors.mean(axis=0, dtype=np.float64)

@@ -11,7 +11,9 @@ import json
 import sys
 import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from glob import glob
+from os.path import normpath
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,6 +24,17 @@ SUFFIXES = (".txt", ".jsonl", ".csv", ".tsv", ".parquet")
 
 class DataError(ValueError):
     """Input that cannot be read; the message starts with the file and the line or row."""
+
+
+@contextmanager
+def named(place: str) -> Iterator[None]:
+    """Put a place before the message of a DataError that does not start with it."""
+    try:
+        yield
+    except DataError as error:
+        if str(error).startswith((place, normpath(place), "<stdin>")):
+            raise
+        raise DataError(f"{place}: {error}") from error
 
 
 def read_rows(source: str | Path, *, streaming: bool = False) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -70,7 +70,7 @@ def chunk_texts(
         (n, length) int32.
 
     Raises:
-        ValueError: the texts together are shorter than one chunk.
+        DataError: the texts together are shorter than one chunk.
     """
     stream = iter(texts)
     if isinstance(texts, Sequence):
@@ -84,7 +84,7 @@ def chunk_texts(
             pieces.append(np.asarray(ids, dtype=np.int32))
             found += len(ids)
     if found < length:
-        raise ValueError(
+        raise DataError(
             f"the text holds {found} tokens, less than one chunk of {length}: add text or cut shorter"
         )
     joined = torch.from_numpy(np.concatenate(pieces))

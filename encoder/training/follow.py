@@ -16,6 +16,7 @@ from accelerate import PartialState
 from datasets import Dataset, DatasetDict
 
 from uncausal.encoder.data.pairs import read_pairs, text_columns
+from uncausal.encoder.data.rows import named
 from uncausal.encoder.files import staged, staged_file
 from uncausal.encoder.model import Encoder
 from uncausal.encoder.pruning import Choice, Depths, Pruning
@@ -63,6 +64,8 @@ def run_recipe(
 
     Raises:
         RecipeError: a stage has no data.
+        DataError: a stage's data are wrong; the message names the stage, and where it is one row's fault the
+            file and the row.
     """
     steps, stages = recipe.with_data(data, data_dir), Path(output) / "stages"
     name = str(model or recipe.model)
@@ -71,22 +74,23 @@ def run_recipe(
     records, teacher = [], None
     for number, step in enumerate(steps, 1):
         folder = stages / f"{number}-{step.kind}"
-        set_pooling(encoder, step)
-        if isinstance(step.settings, Pruning):
-            teacher = folder / TEACHER
-            if _teaches(steps[number:]):
-                save_once(encoder, teacher, resume)
-            choice = choose(step, encoder, folder, data_dir, resume, progress)
-            encoder.prune(choice.kept)
-            outcome = choice._asdict()
-        elif isinstance(step.settings, Whitening):
-            append_linear(encoder, whitening(step, encoder, folder, data_dir, resume, progress))
-            outcome = {}
-        else:
-            stage = settings_of(step, teacher, folder, resume)
-            result = train(encoder, stage, step.read(data_dir), folder, resume, eval, progress=progress)
-            outcome = {"metrics": result.metrics, **outcome_of(folder)}
-            logger.info("%s: %s", step.kind, outcome)
+        with named(f"stage {number} ({step.kind})"):
+            set_pooling(encoder, step)
+            if isinstance(step.settings, Pruning):
+                teacher = folder / TEACHER
+                if _teaches(steps[number:]):
+                    save_once(encoder, teacher, resume)
+                choice = choose(step, encoder, folder, data_dir, resume, progress)
+                encoder.prune(choice.kept)
+                outcome = choice._asdict()
+            elif isinstance(step.settings, Whitening):
+                append_linear(encoder, whitening(step, encoder, folder, data_dir, resume, progress))
+                outcome = {}
+            else:
+                stage = settings_of(step, teacher, folder, resume)
+                result = train(encoder, stage, step.read(data_dir), folder, resume, eval, progress=progress)
+                outcome = {"metrics": result.metrics, **outcome_of(folder)}
+                logger.info("%s: %s", step.kind, outcome)
         records.append({**describe_step(step), "pooling": encoder.pooling, "outcome": outcome})
     save(encoder, Path(output), recipe, name, records)
     return encoder

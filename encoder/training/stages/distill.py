@@ -18,6 +18,7 @@ from sentence_transformers.base.losses.gradcache import CachedLossMixin
 from sklearn.linear_model import RidgeCV
 from torch import Tensor, nn
 
+from uncausal.encoder.data.rows import DataError
 from uncausal.encoder.data.texts import read_texts
 from uncausal.encoder.files import staged_file
 from uncausal.encoder.loading import local_path
@@ -63,7 +64,7 @@ class Distill(PairStage):
         """Texts, or a source for `read_texts`, beside the teacher's unit vectors; may append the map."""
         texts = list(read_texts(data) if isinstance(data, str | Path) else data)
         if not texts:
-            raise ValueError("Distill needs texts; found none")
+            raise DataError("Distill needs texts; found none")
         self.check_size("the data hold", len(texts))
         targets = self.targets(texts, str(encoder.device))
         width, wanted = encoder.get_embedding_dimension(), targets.shape[1]
@@ -92,7 +93,7 @@ class Distill(PairStage):
         norms = np.linalg.norm(vectors.astype(np.float32), axis=1, keepdims=True)
         if not np.isfinite(norms).all() or (norms == 0).any():
             bad = int(np.flatnonzero(~(norms[:, 0] > 0) | ~np.isfinite(norms[:, 0]))[0])
-            raise ValueError(f"the teacher's vector of text {bad} is zero or not finite: {texts[bad][:60]!r}")
+            raise DataError(f"the teacher's vector of text {bad} is zero or not finite: {texts[bad][:60]!r}")
         return vectors.astype(np.float32) / norms
 
     def _kept(self, texts: list[str], device: str) -> np.ndarray:

@@ -12,6 +12,7 @@ from datasets import DatasetDict
 from sentence_transformers import SentenceTransformer
 from torch import nn
 
+from uncausal.encoder.data.rows import DataError
 from uncausal.encoder.training.stages.contrastive import Contrastive
 
 
@@ -35,10 +36,11 @@ class Instruction(Contrastive):
 
     def prepare(self, encoder: SentenceTransformer, data: Any, loss: nn.Module | None = None) -> Any:
         dataset = super().prepare(encoder, data, loss)
-        for name, part in dataset.items() if isinstance(dataset, DatasetDict) else [("data", dataset)]:
+        for name, part in dataset.items() if isinstance(dataset, DatasetDict) else [("", dataset)]:
             if not any(column.startswith("negative") for column in part.column_names):
-                raise ValueError(
-                    f"{name}: the instruction stage contrasts with each row's own negatives, and there is no "
-                    f"column `negative` among {part.column_names}: mine some, or use the contrastive stage"
+                raise DataError(
+                    f"{name}{': ' if name else ''}the instruction stage contrasts with each row's own "
+                    f"negatives, and there is no column `negative` among {part.column_names}: mine some, or "
+                    "use the contrastive stage"
                 )
         return dataset
