@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from tiny import FAST, PAIRS, TEXTS, Signal, load, losses
 
+from uncausal.encoder.cli.main import main as run_command
+from uncausal.encoder.model import Encoder
 from uncausal.encoder.training.progress import TrainingInterrupted
 from uncausal.encoder.training.run import train
 from uncausal.encoder.training.stages.contrastive import Contrastive
@@ -64,6 +66,14 @@ def main(checkpoint: str, folder: str) -> None:
         vectors = encoder.encode(TEXTS[:3]).tolist()
         found[name] = {"stopped": stopped, "left": left, "steps": result.steps, "tokens": result.tokens}
         found[name] |= {"losses": losses(result), "vectors": vectors}
+    saves: list[str] = []
+    save = Encoder.save_pretrained
+    Encoder.save_pretrained = lambda self, path: saves.append(path) or save(self, path)  # type: ignore[method-assign]
+    rows = Path(folder) / f"pairs-{rank}.jsonl"  # the same in all
+    rows.write_text("".join(json.dumps({"anchor": a, "positive": b}) + "\n" for a, b in PAIRS[:16]))
+    command = ["train", "contrastive", checkpoint, str(rows), f"{folder}/saved", "--max-steps", "1"]
+    assert run_command([*command, "--batch-size", "8", "--dtype", "float32", "--json"]) == 0
+    found["saves"] = saves
     (Path(folder) / f"rank-{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
 
@@ -87,6 +97,8 @@ def test_two_processes_train_as_one(checkpoint, tmp_path):
             assert mine["losses"] == pytest.approx(losses(alone), abs=1e-4)
             np.testing.assert_allclose(mine["vectors"], encoder.encode(TEXTS[:3]), atol=1e-4)
     assert found[0]["mntp"]["tokens"] == 8 * 8  # of one step, over both processes
+    # Every process wrote the encoder, each over the other's.
+    assert [len(mine["saves"]) for mine in found] == [1, 0] and load(tmp_path / "two" / "saved").num_layers
     with pytest.raises(ValueError, match=r"differs in processes \(2 there, 1 here\)"):
         train(load(checkpoint), *STAGES["mntp"], tmp_path / "two" / "mntp", progress=False)
 

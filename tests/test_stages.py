@@ -14,7 +14,9 @@ from uncausal.encoder.data.texts import chunk_texts
 from uncausal.encoder.training.lora import attach_lora
 from uncausal.encoder.training.run import train
 from uncausal.encoder.training.stages.contrastive import Contrastive
+from uncausal.encoder.training.stages.distill import Distill
 from uncausal.encoder.training.stages.mntp import MNTP, MaskedChunks, MaskedNextToken
+from uncausal.encoder.training.stages.registry import STAGES
 from uncausal.encoder.training.stages.simcse import SimCSE, attention_dropout
 
 
@@ -205,6 +207,41 @@ def test_options_of_the_trainer_reach_it(checkpoint, tmp_path, stage, data):
     stage.trainer_arguments = {"seed": 3}
     with pytest.raises(ValueError, match="trainer_arguments: seed is the stage's to set"):
         stage.trainer_options(encoder.backbone, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "named"),
+    [
+        ({"fsdp": "full_shard"}, {}, "FSDP"),
+        ({"fsdp": True}, {}, "FSDP"),
+        ({}, {"ACCELERATE_USE_FSDP": "true"}, "FSDP"),
+        ({"deepspeed": "3.json"}, {}, "DeepSpeed's ZeRO-3"),
+        ({}, {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, "DeepSpeed's ZeRO-3"),
+        ({"deepspeed": '{"zero_optimization": {"stage": 3}}'}, {}, "DeepSpeed's ZeRO-3"),
+        ({"deepspeed": {"zero_optimization": {"stage": 3}}}, {}, "DeepSpeed's ZeRO-3"),
+        ({}, {"ACCELERATE_DEEPSPEED_CONFIG_FILE": "3.json"}, "DeepSpeed's ZeRO-3"),
+        ({"deepspeed": "2.json"}, {}, None),
+        ({"deepspeed": "missing.json"}, {"ACCELERATE_USE_FSDP": "false"}, None),
+        ({"deepspeed": "none.json"}, {}, None),
+    ],
+)
+def test_sharded_weights_are_refused_before_anything_is_loaded(
+    tmp_path, monkeypatch, arguments, environment, named
+):
+    """Checkpoints and the adapter would have held the first process's part of every weight."""
+    monkeypatch.chdir(tmp_path)
+    for stage in (2, 3):
+        (tmp_path / f"{stage}.json").write_text(f'{{"zero_optimization": {{"stage": {stage}}}}}')
+    (tmp_path / "none.json").write_text("{}")
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    for kind in STAGES.values():
+        options = {"trainer_arguments": arguments} | ({"vectors": "any"} if kind is Distill else {})
+        if named is None:
+            assert kind(**options).trainer_arguments == arguments
+            continue
+        with pytest.raises(ValueError, match=f"{kind.__name__}: {named} gives every process a part"):
+            kind(**options)
 
 
 def test_rank_stabilised_lora_scales_by_the_root_of_the_rank(checkpoint):

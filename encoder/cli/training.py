@@ -6,16 +6,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
+from accelerate import PartialState
 from tyro.conf import FlagConversionOff, Positional, UseAppendAction
 
 from uncausal.encoder.cli.encoding import read
 from uncausal.encoder.cli.options import Json, Loading, check_writable, facts, report
 from uncausal.encoder.data.local import VARIABLE
+from uncausal.encoder.data.rows import named
 from uncausal.encoder.evaluation.sts import evaluate_sts, read_sts
 from uncausal.encoder.files import check_replaceable
 from uncausal.encoder.training import run as training
 from uncausal.encoder.training.follow import run_recipe
 from uncausal.encoder.training.plan import plan_recipe, plan_table
+from uncausal.encoder.training.ranks import together
 from uncausal.encoder.training.recipes import list_recipes, load_recipe
 from uncausal.encoder.training.stages.contrastive import Contrastive
 from uncausal.encoder.training.stages.registry import STAGES
@@ -50,9 +53,12 @@ def train_command(kind: str) -> Callable[..., None]:
         check_replaceable(output)
         encoder = loading.load(model)
         source = data if issubclass(cls, Contrastive) else read(data, column)
-        training.train(encoder, stage, source, output / "training", resume=not no_resume)
-        encoder.save_pretrained(str(output))
-        report(facts(encoder, output), as_json)
+        with named(data):
+            training.train(encoder, stage, source, output / "training", resume=not no_resume)
+        with together():  # all processes have the same encoder
+            if PartialState().is_main_process:
+                encoder.save_pretrained(str(output))
+                report(facts(encoder, output), as_json)
 
     summary = (cls.__doc__ or "").strip().splitlines()[0]
     command.__doc__ = (command.__doc__ or "").replace("Placeholder.", summary)
@@ -111,7 +117,8 @@ def run(
     check_writable(output, folder=True)
     check_replaceable(output)
     encoder = run_recipe(loaded, output, eval=scorer(sts, data_dir), **options)
-    report(facts(encoder, output), as_json)
+    if PartialState().is_main_process:
+        report(facts(encoder, output), as_json)
 
 
 def scorer(sts: Path | None, data_dir: Path | None) -> Callable[[Any], dict[str, float]] | None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,6 +23,26 @@ def process_state(device: torch.device) -> PartialState:
     if PartialState(cpu=on_cpu).num_processes != int(os.environ.get("WORLD_SIZE", 1)):
         PartialState._reset_state()  # something before us made it without `cpu`
     return PartialState(cpu=on_cpu)
+
+
+def sharded_by(arguments: Mapping[str, Any]) -> str | None:
+    """Name what would leave every process with a part of the weights alone, or None.
+
+    It is asked for in the Trainer's arguments, or of `accelerate launch`, which tells it in the environment.
+    """
+
+    def told(name: str) -> str:
+        return os.environ.get(f"ACCELERATE_{name}", "")
+
+    if arguments.get("fsdp") or told("USE_FSDP").lower() == "true":
+        return "FSDP"
+    stage, config = told("DEEPSPEED_ZERO_STAGE"), arguments.get("deepspeed") or told("DEEPSPEED_CONFIG_FILE")
+    with suppress(OSError, ValueError, KeyError, TypeError):  # what is wrong with it, DeepSpeed will say
+        if isinstance(config, str) and not config.lstrip().startswith("{"):
+            config = Path(config).read_text()
+        config = json.loads(config) if isinstance(config, str) else config
+        stage = config["zero_optimization"]["stage"]
+    return "DeepSpeed's ZeRO-3" if str(stage) == "3" else None
 
 
 def total(value: float) -> float:

@@ -20,6 +20,7 @@ from uncausal.encoder.data.rows import DataError
 from uncausal.encoder.loading import resolve_dtype
 from uncausal.encoder.training.lora import LORA_TARGETS
 from uncausal.encoder.training.losses import InfoNCELoss
+from uncausal.encoder.training.ranks import sharded_by
 from uncausal.encoder.training.samplers import LengthGrouped
 from uncausal.encoder.training.trainer import PairTrainer, StageTrainer, autocast_forward
 
@@ -63,7 +64,8 @@ class Stage:
         optim: the optimiser, by the Trainer's names.
         dataloader_num_workers: processes that prepare batches; 0 does it between the steps.
         report_to: where the log goes besides the screen: wandb, tensorboard, all, ...
-        trainer_arguments: more arguments of the Trainer, passed as they are: deepspeed, fsdp, torch_compile.
+        trainer_arguments: more arguments of the Trainer, passed as they are: torch_compile, deepspeed. FSDP
+            and ZeRO-3 are refused: a stage saves and merges whole weights.
     """
 
     max_steps: int = 1000
@@ -114,6 +116,11 @@ class Stage:
         arguments = {argument.name for argument in fields(SentenceTransformerTrainingArguments)}
         unknown = sorted(self.trainer_arguments.keys() - arguments)
         self._require("trainer_arguments", not unknown, f"the Trainer's; it has no {', '.join(unknown)}")
+        if sharder := sharded_by(self.trainer_arguments):
+            raise ValueError(
+                f"{type(self).__name__}: {sharder} gives every process a part of the weights, and a stage "
+                "saves and merges whole ones: leave it out, and processes share the batch alone (torchrun)"
+            )
 
     def _require(self, name: str, holds: bool, wanted: str) -> None:
         if not holds:
