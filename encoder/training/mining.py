@@ -1,12 +1,14 @@
 """Hard negatives that a teacher finds for pairs, without the positives that nobody labelled.
 
-The search is sentence-transformers' `mine_hard_negatives`; here stand NV-Retriever's rules (arXiv 2407.15831)
-as its arguments, BM25 as a teacher, texts that differ in case and spaces alone taken as one, and a bound on
-memory.
+The rules are NV-Retriever's (arXiv 2407.15831), and the negatives those of sentence-transformers'
+`mine_hard_negatives`, in memory bounded by the vectors and one chunk of scores: `top_k` candidates of every
+query are looked at, where theirs looks at as many more as the most frequent anchor has positives. BM25 is a
+teacher too, and texts that differ in case and spaces alone are one.
 """
 
 import logging
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,11 +16,11 @@ import numpy as np
 import torch
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.util import mine_hard_negatives
 from torch import Tensor
-from transformers import set_seed
+from torch.nn.functional import normalize
+from tqdm import tqdm
 
-from uncausal.encoder.data.pairs import LABEL
+from uncausal.encoder.data.pairs import LABEL, NEGATIVE
 
 logger = logging.getLogger(__name__)
 
@@ -66,8 +68,8 @@ class Mining:
         """Add the columns `negative_1` to `negative_K` (`negative` where K is 1) to pairs.
 
         Args:
-            pairs: with the columns `anchor` and `positive`; an anchor may have several rows. Other columns
-                stay.
+            pairs: with the columns `anchor` and `positive`; an anchor may have several rows, which get the
+                same negatives. Other columns stay, but for negatives.
             teacher: any sentence-transformers model or the name of one, or "bm25".
             corpus: documents beside the positives.
 
@@ -75,56 +77,123 @@ class Mining:
             The rows for which enough negatives were found.
 
         Raises:
-            ValueError: no pair, no row with enough negatives, or several positives of one id or class.
+            ValueError: no pair, no row with enough negatives, several positives of one id or class, or a
+                teacher's vector that is not finite.
         """
-        rows = pairs.to_list()
-        if not rows:
+        if not len(pairs):
             raise ValueError("no pairs to mine negatives for")
-        first_of: dict[str, str] = {}
-        for row in rows:
-            row["positive"] = first_of.setdefault(_folded(row["positive"]), row["positive"])
-        documents = list(dict.fromkeys([first_of.setdefault(_folded(text), text) for text in corpus]))
-        documents = [text for text in documents if text.strip()]
+        pairs = pairs.with_format(None)
+        numbers: dict[str, int] = {}
+        documents: list[str] = []
+
+        def number_of(text: str) -> int:
+            found = numbers.setdefault(_folded(text), len(documents))
+            if found == len(documents):
+                documents.append(text)
+            return found
+
+        right = np.array([number_of(text) for text in pairs["positive"]])
+        for text in corpus:
+            if text.strip():
+                number_of(text)
+        numbers.clear()
+        anchors = list(pairs["anchor"])
+        check_ids(pairs[LABEL] if LABEL in pairs.column_names else anchors, anchors, right)
+        queries = {text: number for number, text in enumerate(dict.fromkeys(anchors))}
+        asked = np.array([queries[text] for text in anchors])
         model: Any = teacher
         if isinstance(teacher, str):
             model = BM25() if teacher.lower() == "bm25" else SentenceTransformer(teacher)
-        check_ids(rows)
-        size = len({*documents, *(row["positive"] for row in rows)})
-        set_seed(self.seed)
-        mined = mine_hard_negatives(
-            Dataset.from_list([{"anchor": row["anchor"], "positive": row["positive"]} for row in rows]),
-            model,
-            anchor_column_name="anchor",
-            positive_column_name="positive",
-            corpus=documents or None,
-            range_min=self.rank_shift,
-            range_max=min(self.rank_shift + self.top_k, max(size - 1, 1)),
-            relative_margin=self.relative_margin,
-            absolute_margin=self.absolute_margin,
-            max_score=self.max_score,
-            num_negatives=self.num_negatives,
-            sampling_strategy=self.sampling,
-            query_prompt=self.query_prompt,
-            corpus_prompt=self.document_prompt,
-            output_format="n-tuple",
-            faiss_batch_size=max(SCORES_BYTES // (4 * size), 1),
-            verbose=False,
-        )
-        if self.num_negatives == 1:
-            mined = mined.rename_column("negative_1", "negative")
-        found = {(row["anchor"], row["positive"]): row for row in mined.to_list()}
-        kept = [{**row, **found[key]} for row in rows if (key := (row["anchor"], row["positive"])) in found]
-        logger.info("mined %d of %d rows; the others have fewer negatives", len(kept), len(rows))
-        if not kept:
+        chosen = self._chosen(model, list(queries), documents, asked, right)
+        kept = np.flatnonzero(chosen[asked, 0] >= 0)
+        logger.info("mined %d of %d rows; the others have fewer negatives", len(kept), len(pairs))
+        if not len(kept):
             raise ValueError(
-                f"no row has {self.num_negatives} negatives among {size} documents: ask for fewer, raise "
-                "top_k or lower the margin"
+                f"no row has {self.num_negatives} negatives among {len(documents)} documents: ask for fewer, "
+                "raise top_k or lower the margin"
             )
-        return Dataset.from_list(kept)
+        rest = pairs.select(kept)
+        columns = {name: rest[name][:] for name in rest.column_names if not NEGATIVE.fullmatch(name)}
+        columns["positive"] = [documents[i] for i in right[kept]]
+        for place, found in enumerate(chosen[asked[kept]].T, 1):
+            name = "negative" if self.num_negatives == 1 else f"negative_{place}"
+            columns[name] = [documents[i] for i in found]
+        return Dataset.from_dict(columns)
+
+    def _chosen(
+        self, teacher: Any, queries: list[str], documents: list[str], asked: np.ndarray, right: np.ndarray
+    ) -> np.ndarray:
+        """The documents' numbers (Q, num_negatives), best first; -1 throughout where there are fewer.
+
+        `asked` and `right` (R,) are the numbers of each row's query and positive.
+        """
+        device, show = getattr(teacher, "device", "cpu"), sys.stderr.isatty()
+        options = {"normalize_embeddings": True, "convert_to_numpy": True, "show_progress_bar": show}
+
+        def vectors(encode: Any, texts: list[str], prompt: str | None) -> Tensor:
+            found = torch.as_tensor(encode(texts, prompt=prompt, **options))
+            if not found.is_floating_point():  # BM25's
+                return found
+            found = normalize(found.float())  # in half precision they are not quite unit vectors
+            bad = found.isfinite().all(1).logical_not().nonzero()
+            if len(bad):
+                raise ValueError(f"the teacher's vector is not finite: {texts[int(bad[0])][:60]!r}")
+            return found
+
+        of_documents = vectors(teacher.encode_document, documents, self.document_prompt).to(device)
+        of_queries = vectors(teacher.encode_query, queries, self.query_prompt)
+        highest = self._highest(teacher, of_queries, of_documents, asked, right)
+        by_query = np.argsort(asked, kind="stable")
+        of_rows = asked[by_query]
+        chosen = np.full((len(queries), self.num_negatives), -1)
+        width = min(self.rank_shift + self.top_k, len(documents))
+        if width < self.num_negatives:
+            return chosen
+        a_query = getattr(teacher, "bytes_a_score", 4) * len(documents) + 40 * width  # and its candidates
+        step = max(SCORES_BYTES // a_query, 1)
+        draw = np.random.default_rng(self.seed)
+        for start in tqdm(range(0, len(queries), step), desc="Mining", disable=not show):
+            end = min(start + step, len(queries))
+            scores = _scores(teacher, of_queries[start:end].to(device), of_documents)
+            rows = by_query[np.searchsorted(of_rows, start) : np.searchsorted(of_rows, end)]
+            scores[torch.from_numpy(asked[rows] - start), torch.from_numpy(right[rows])] = -torch.inf
+            best, places = (found.cpu().numpy() for found in scores.topk(width, dim=1))
+            del scores  # before the next ones are there
+            fits = (best > -np.inf) & (best <= highest[start:end, None])
+            fits &= fits.cumsum(1) > self.rank_shift
+            order = draw.random(fits.shape) if self.sampling == "random" else np.arange(width)
+            first = np.where(fits, order, np.inf).argsort(1, kind="stable")[:, : self.num_negatives]
+            enough = fits.sum(1) >= self.num_negatives
+            chosen[start:end][enough] = np.take_along_axis(places, np.sort(first, 1), 1)[enough]
+        return chosen
+
+    def _highest(
+        self, teacher: Any, of_queries: Tensor, of_documents: Tensor, asked: np.ndarray, right: np.ndarray
+    ) -> np.ndarray:
+        """The score (Q,) that no negative of a query may exceed; the least of its positives' counts."""
+        least = np.full(len(of_queries), np.inf, dtype=np.float32)
+        for start in range(0, len(asked), 8192):
+            rows = slice(start, start + 8192)
+            of_rows = of_queries[asked[rows]].to(of_documents.device)
+            scores = teacher.similarity_pairwise(of_rows, of_documents[right[rows]])
+            np.minimum.at(least, asked[rows], torch.as_tensor(scores).float().cpu().numpy())
+        limits = [np.full_like(least, np.inf if self.max_score is None else self.max_score)]
+        if self.relative_margin is not None:
+            limits.append(least - np.abs(least) * self.relative_margin)
+        if self.absolute_margin is not None:
+            limits.append(least - self.absolute_margin)
+        return np.minimum.reduce(limits)
+
+
+def _scores(teacher: Any, queries: Tensor, documents: Tensor) -> Tensor:
+    """Scores (Q, N); of unit vectors a cosine is an inner product, and needs no scaled copy of them all."""
+    if getattr(teacher, "similarity_fn_name", None) in ("cosine", "dot"):
+        return queries @ documents.T
+    return torch.as_tensor(teacher.similarity(queries, documents))
 
 
 class BM25:
-    """BM25 as a teacher for `mine_hard_negatives`: its "vectors" are row numbers of sparse matrices.
+    """BM25 as a teacher: its "vectors" are row numbers of sparse matrices.
 
     The usual form (Robertson and Zaragoza 2009, equation 3.15), on lower-cased words.
 
@@ -133,6 +202,7 @@ class BM25:
     """
 
     device = torch.device("cpu")
+    bytes_a_score = 16  # the sparse product and the dense one
 
     def __init__(self, k1: float = 1.2, b: float = 0.75):
         self.k1, self.b = k1, b
@@ -149,6 +219,7 @@ class BM25:
         pull = self.k1 * (1 - self.b + self.b * lengths / max(lengths.mean(), 1))
         counts.data *= (idf[counts.col] * (self.k1 + 1) / (counts.data + pull[counts.row])).astype(np.float32)
         self.documents = counts.tocsr()
+        self.by_word = self.documents.T.tocsr()
         return np.arange(len(texts))[:, None]
 
     def encode_query(self, texts: list[str], **options: Any) -> np.ndarray:
@@ -158,7 +229,9 @@ class BM25:
     def similarity(self, queries: Any, documents: Any) -> Tensor:
         """Scores (Q, N) of queries and documents given by their row numbers (Q, 1), (N, 1)."""
         chosen, among = (np.asarray(rows)[:, 0] for rows in (queries, documents))
-        return torch.from_numpy((self.queries[chosen] @ self.documents[among].T).toarray())
+        every = np.array_equal(among, np.arange(self.documents.shape[0]))
+        by_word = self.by_word if every else self.documents[among].T
+        return torch.from_numpy((self.queries[chosen] @ by_word).toarray())
 
     def similarity_pairwise(self, queries: Any, documents: Any) -> Tensor:
         """Scores (N,) of the pairs of queries (N, 1) and documents (N, 1)."""
@@ -167,15 +240,17 @@ class BM25:
         return torch.from_numpy(np.asarray(products.sum(1), dtype=np.float32)[:, 0])
 
 
-def check_ids(rows: list[dict[str, Any]]) -> None:
+def check_ids(ids: Iterable[Any], anchors: Sequence[str], positives: Iterable[int]) -> None:
     """Refuse rows whose ids say that one's positive is right for another: it would be mined as a negative."""
-    positive: dict[Any, tuple[str, str]] = {}
-    for row in rows:
-        this = row["anchor"], row["positive"]
-        anchor, known = positive.setdefault(row.get(LABEL, row["anchor"]), this)
-        if known != row["positive"] and anchor != row["anchor"]:
+    found: dict[Any, dict[str, set[int]]] = {}
+    for this, anchor, positive in zip(ids, anchors, positives, strict=True):
+        found.setdefault(this, {}).setdefault(anchor, set()).add(positive)
+    for of_anchors in found.values():
+        (first, known), *others = of_anchors.items()
+        differing = [anchor for anchor, right in others if right != known]
+        if differing:
             raise ValueError(
-                f"{anchor!r} and {row['anchor']!r} have one id or class and two positives, each of which "
+                f"{first!r} and {differing[0]!r} have one id or class and other positives, each of which "
                 "would be mined as a negative of the other: leave the ids out, or train on the classes as "
                 "they are, whose negatives are of other classes"
             )
