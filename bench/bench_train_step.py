@@ -1,13 +1,16 @@
-"""A SimCSE training step, packed by this package and padded by sentence-transformers' trainer.
+"""A SimCSE training step, packed here and padded by sentence-transformers' trainer; what options cost a step.
 
 SmolLM2-135M's first 7 layers, LoRA on all projections, batches of 64 Wikipedia sentences of whatever length
 they have, attention dropout 0.3. Times are of whole steps, optimiser included, from the trainers' callbacks.
-`python -m uncausal.bench.bench_train_step [--full] [--dry]`; `--full` adds bfloat16.
+The options are those of a contrastive step of 64 triplets of such sentences: instructions and own negatives
+(the instruction stage), Matryoshka prefixes, GradCache, and with it a batch of 4,096.
+`python -m uncausal.bench.bench_train_step [--full] [--dry]`; `--full` adds bfloat16 and the large batch.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import statistics
 import sys
 import tempfile
@@ -23,6 +26,14 @@ from uncausal.bench.inputs import checkpoint, sentences
 from uncausal.bench.measure import OURS, Contest, Settings, resident_bytes
 
 LAYERS, BATCH, STEPS, DROPOUT = 7, 64, 2, 0.3  # LAYERS, BATCH and STEPS are smaller in a dry run
+LARGE, WIDTHS = 4096, (576, 256, 128, 64)
+TOLD = ("Find the sentence that follows", "Find a sentence on the same subject", "")
+OPTIONS: dict[str, dict[str, dict[str, Any]]] = {  # the second of a case against the first
+    "instruction": {OURS: {}, "instruction stage": {"hard_negatives": "own", "in_batch_negatives": False}},
+    "matryoshka": {OURS: {}, "four widths": {"matryoshka_dims": WIDTHS}},
+    "gradcache": {OURS: {}, "mini-batches of 16": {"mini_batch_size": 16}},
+    "large": {OURS: {}, "4096 by 64": {"batch_size": LARGE, "mini_batch_size": 64}},
+}
 
 
 class StepClock(TrainerCallback):
@@ -148,10 +159,67 @@ def simcse(settings: Settings, bf16: bool) -> Contest:
     )
 
 
+def triplets(count: int, told: bool) -> list[dict[str, str]]:
+    """So many rows of three sentences each, with an instruction if told."""
+    found = itertools.cycle(sentences(3 * count))
+    columns = ("anchor", "positive", "negative")
+    rows = [dict(zip(columns, itertools.islice(found, 3), strict=True)) for _ in range(count)]
+    return [{**row, "instruction": TOLD[i % 3]} for i, row in enumerate(rows)] if told else rows
+
+
+def options(settings: Settings, case: str) -> Contest:
+    """A contrastive step without an option and with it; tokens a second are of the real tokens of either."""
+    from uncausal import Contrastive, Encoder, train
+
+    if case == "large" and not settings.full:
+        pytest.skip("with --full")
+    layers = 1 if settings.dry else LAYERS
+    batch, steps = (4, 2) if settings.dry else (BATCH, STEPS)
+    common: dict[str, Any] = {"max_steps": steps, "batch_size": batch, "max_length": 128, "bf16": False}
+    common |= {"temperature": 0.05, "warmup_steps": 0, "logging_steps": 1}
+    facts: dict[str, dict[str, Any]] = {}
+
+    def seconds(name: str) -> float:
+        encoder = Encoder.from_pretrained(
+            checkpoint(settings), num_layers=layers, dtype="float32", device=settings.device
+        )
+        changes = OPTIONS[case][name]
+        if settings.dry:
+            changes = {key: {"batch_size": 8, "mini_batch_size": 2}.get(key, x) for key, x in changes.items()}
+        stage = Contrastive(**{**common, **changes})
+        rows = triplets(stage.batch_size, told=case == "instruction" and bool(changes))
+        clock, results = StepClock(), []
+        with tempfile.TemporaryDirectory() as folder:
+
+            def run() -> None:
+                results.append(train(encoder, stage, rows, folder, callbacks=[clock], progress=False))
+
+            peak = resident_bytes(run, settings.device)
+        taken = statistics.median(clock.seconds[1:])
+        tokens = results[0].tokens / stage.max_steps
+        facts[name] = {"loss": clock.losses[0], "peak_bytes": peak, "tokens_per_s": tokens / taken}
+        return taken
+
+    return Contest(
+        {name: functools.partial(seconds, name) for name in OPTIONS[case]},
+        rounds=3 if settings.full and case != "large" else 1,
+        warm_up=False,
+        derive=lambda times: facts,
+    )
+
+
 @pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
 def bench_simcse(record, bf16, provider):
     record(simcse, provider, bf16)
+
+
+CASES = [(case, provider) for case, providers in OPTIONS.items() for provider in providers]
+
+
+@pytest.mark.parametrize("case, provider", CASES, ids=["-".join(pair) for pair in CASES])
+def bench_options(record, case, provider):
+    record(options, provider, case)
 
 
 if __name__ == "__main__":
