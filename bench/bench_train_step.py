@@ -3,12 +3,14 @@
 SmolLM2-135M's first 7 layers, LoRA on all projections, batches of 64 Wikipedia sentences of whatever length
 they have, attention dropout 0.3. Times are of whole steps, optimiser included, from the trainers' callbacks.
 The options are those of a contrastive step of 64 triplets of such sentences: instructions and own negatives
-(the instruction stage), Matryoshka prefixes, GradCache, and with it a batch of 4,096.
+(the instruction stage), Matryoshka prefixes, GradCache, and with it a batch of 4,096. The short texts have 20
+to 30 tokens: 11 layers train on them and encode them with compiled attention, and without a compiler.
 `python -m uncausal.bench.bench_train_step [--full] [--dry]`; `--full` adds bfloat16 and the large batch.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import statistics
@@ -17,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 from transformers import TrainerCallback
@@ -26,6 +29,7 @@ from uncausal.bench.inputs import checkpoint, sentences
 from uncausal.bench.measure import OURS, Contest, Settings, resident_bytes
 
 LAYERS, BATCH, STEPS, DROPOUT = 7, 64, 2, 0.3  # LAYERS, BATCH and STEPS are smaller in a dry run
+SHORT_LAYERS = 11
 LARGE, WIDTHS = 4096, (576, 256, 128, 64)
 TOLD = ("Find the sentence that follows", "Find a sentence on the same subject", "")
 OPTIONS: dict[str, dict[str, dict[str, Any]]] = {  # the second of a case against the first
@@ -208,6 +212,57 @@ def options(settings: Settings, case: str) -> Contest:
     )
 
 
+@functools.cache
+def short_texts(settings: Settings, count: int) -> list[str]:
+    """Sentences of 20 to 30 tokens, their median 25."""
+    from transformers import AutoTokenizer
+
+    found = sentences(30 * count)
+    lengths = map(len, AutoTokenizer.from_pretrained(checkpoint(settings))(found)["input_ids"])
+    return [text for text, n in zip(found, lengths, strict=True) if 20 <= n <= 30][:count]
+
+
+def short(settings: Settings, case: str, bf16: bool) -> Contest:
+    """A step of SimCSE or of triplets, or `encode`: attention compiled, and by torch's operations."""
+    from uncausal import Contrastive, Encoder, SimCSE, train
+    from uncausal.kernels.cpu import attention_cpu
+
+    if bf16 and not settings.full or settings.device != "cpu":
+        pytest.skip("with --full, on a CPU")
+    batch, steps, layers = (4, 2, 1) if settings.dry else (BATCH, STEPS + 1, SHORT_LAYERS)
+    texts = short_texts(settings, 3 * batch * steps)
+    columns = ("anchor", "positive", "negative")
+    rows = [dict(zip(columns, texts[i : i + 3], strict=True)) for i in range(0, len(texts) - 2, 3)]
+    common: dict[str, Any] = {"max_steps": steps, "batch_size": batch, "bf16": bf16, "warmup_steps": 0}
+    dtype = "bfloat16" if bf16 and case == "encode" else "float32"
+    encoder = Encoder.from_pretrained(checkpoint(settings), num_layers=layers, dtype=dtype, device="cpu")
+
+    def seconds(compiled: bool) -> float:
+        clock = StepClock()
+        with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+            if not compiled:
+                stack.enter_context(mock.patch.object(attention_cpu, "library", lambda: None))
+            quiet: dict[str, Any] = {"callbacks": [clock], "progress": False}
+            if case == "simcse":
+                stage = SimCSE(**common, attention_dropout=DROPOUT)
+                train(encoder, stage, texts[: batch * steps], folder, **quiet)
+            elif case == "nli":
+                stage = Contrastive(**common, temperature=0.05, max_length=128)
+                train(encoder, stage, rows, folder, **quiet)
+            else:
+                for _ in range(2):
+                    start = time.perf_counter()
+                    encoder.encode(texts)
+                    clock.seconds.append(time.perf_counter() - start)
+        return statistics.median(clock.seconds[1:])
+
+    return Contest(
+        {OURS: functools.partial(seconds, True), "torch's operations": functools.partial(seconds, False)},
+        rounds=5 if settings.full else 1,
+        warm_up=False,
+    )
+
+
 @pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
 def bench_simcse(record, bf16, provider):
@@ -220,6 +275,13 @@ CASES = [(case, provider) for case, providers in OPTIONS.items() for provider in
 @pytest.mark.parametrize("case, provider", CASES, ids=["-".join(pair) for pair in CASES])
 def bench_options(record, case, provider):
     record(options, provider, case)
+
+
+@pytest.mark.parametrize("provider", [OURS, "torch's operations"])
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("case", ["simcse", "nli", "encode"])
+def bench_short(record, case, bf16, provider):
+    record(short, provider, case, bf16)
 
 
 if __name__ == "__main__":
