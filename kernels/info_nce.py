@@ -13,6 +13,7 @@ Source: van den Oord et al. 2018, arXiv 1807.03748, eq. 4; Inf-CL, arXiv 2410.17
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -20,9 +21,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from uncausal.kernels.cpu import info_nce_torch
-from uncausal.kernels.cpu.info_nce_torch import Negatives, Pairs, acc_dtype, as_temperature, sum_and_gradients
+from uncausal.kernels.cpu.info_nce_torch import (
+    DROPPED,
+    Negatives,
+    Pairs,
+    acc_dtype,
+    as_temperature,
+    sum_and_gradients,
+)
 from uncausal.kernels.info_nce_ranks import gather_rows, ring_rows, rows_per_rank, sum_over_ranks
 from uncausal.kernels.launch import on_device, resolve_backend
+
+_DENSE_LOGITS = 1 << 25  # 128 MB in fp32: with fewer a GPU waits for the host, whose operations all count
+
+
+class _Form(NamedTuple):
+    """How a loss is computed: the sweeps' backend, and the number of logits below which they all are held."""
+
+    backend: str
+    dense_below: float
 
 
 def _sweeps(backend: str) -> tuple[Callable, Callable]:
@@ -120,14 +137,14 @@ def _info_nce_rows_backward(
     col_lse: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     own = slice(offset, offset + len(q))
-    pairs = Pairs.of(q, k[own], hard, temperature, margin)
-    negatives = Negatives(row_ids, col_ids, offset, pairs.limit)
     weight = grad / 2 if symmetric else grad
-    total = torch.logaddexp(lse, pairs.pos)
-    col_total = torch.logaddexp(col_lse, pairs.pos) if symmetric else None
-    with on_device(q):
+    with on_device(q), torch.autocast(q.device.type, enabled=False):  # backward may run under it
+        pairs = Pairs.of(q, k[own], hard, temperature, margin)
+        negatives = Negatives(row_ids, col_ids, offset, pairs.limit)
+        total = torch.logaddexp(lse, pairs.pos)
+        col_total = torch.logaddexp(col_lse, pairs.pos) if symmetric else None
         dq, dk, mass = _sweeps(backend)[1](q, k, pairs.temperature, negatives, weight, total, col_total)
-    dq, dhard, dtemperature = pairs.gradients(dq, dk[own], mass, weight, total)
+        dq, dhard, dtemperature = pairs.gradients(dq, dk[own], mass, weight, total)
     return dq.to(q.dtype), dk.to(k.dtype), dhard.to(hard.dtype), dtemperature.to(temperature.dtype)
 
 
@@ -207,23 +224,79 @@ def _own_loss(q: Tensor, k: Tensor, hard: Tensor, temperature: Tensor, margin: f
     return F.cross_entropy(torch.cat([pos[:, None], z], 1), target, reduction="none")
 
 
-def _all_ranks(q, k, hard, temperature, row_ids, col_ids, margin, group, exchange, backend, reduce):
-    """One direction across ranks."""
+class _Scores(torch.autograd.Function):
+    """a b^T of (..., N, D) and (..., M, D), whose gradients keep their dtype under autocast too."""
+
+    @staticmethod
+    def forward(ctx, a, b):
+        ctx.save_for_backward(a, b)
+        return a @ b.mT
+
+    @staticmethod
+    def backward(ctx, *grads):
+        (grad,), (a, b) = grads, ctx.saved_tensors
+        with torch.autocast(a.device.type, enabled=False):
+            return grad @ b, grad.mT @ a
+
+
+def _dense_loss(
+    q: Tensor,
+    k: Tensor,
+    hard: Tensor,
+    temperature: Tensor,
+    row_ids: Tensor | None,
+    col_ids: Tensor | None,
+    offset: int,
+    margin: float | None,
+    symmetric: bool,
+) -> Tensor:
+    """Loss per query with all logits in memory, by library products; autograd keeps them."""
+    q, k, hard = (x.to(temperature.dtype) for x in (q, k, hard))
+    q = q / temperature
+    z = _Scores.apply(q, k)
+    pos = z.diagonal(offset)  # (B,)
+    dropped = torch.zeros_like(z, dtype=torch.bool)
+    dropped.diagonal(offset).fill_(True)
+    if row_ids is not None and col_ids is not None:
+        dropped |= row_ids[:, None] == col_ids[None, :]
+
+    def loss(z: Tensor, dropped: Tensor) -> Tensor:
+        """From (B, N) logits. Dropped ones stay finite: without a negative the gradient is 0, not NaN."""
+        if margin is not None:
+            dropped = dropped | (z > (pos + margin / temperature)[:, None])
+        return -F.logsigmoid(pos - z.masked_fill(dropped, DROPPED).logsumexp(1))
+
+    if hard.shape[1] == 0:
+        rows = loss(z, dropped)
+    else:
+        own_z = _Scores.apply(q[:, None], hard).squeeze(1)
+        rows = loss(torch.cat([z, own_z], 1), torch.cat([dropped, torch.zeros_like(own_z).bool()], 1))
+    if not symmetric:
+        return rows
+    columns = slice(offset, offset + len(q))
+    return (rows + loss(z[:, columns].T, dropped[:, columns].T)) / 2
+
+
+def _all_ranks(q, k, hard, temperature, row_ids, col_ids, sizes, margin, group, exchange, form, reduce):
+    """One direction across ranks, whose keys are as many as sizes tell."""
     if exchange == "ring":
-        return ring_rows(q, k, hard, temperature, row_ids, col_ids, margin, group, _sweeps(backend))
-    sizes = rows_per_rank(k, group)
+        sweeps = _sweeps(form.backend)
+        return ring_rows(q, k, hard, temperature, row_ids, col_ids, margin, sizes, group, sweeps)
     offset = sum(sizes[: dist.get_rank(group)])
     k = gather_rows(k, sizes, group)
     if col_ids is not None:
         col_ids = gather_rows(col_ids, sizes, group)
-    return _one_rank(q, k, hard, temperature, row_ids, col_ids, offset, margin, False, backend, reduce)
+    return _one_rank(q, k, hard, temperature, row_ids, col_ids, offset, margin, False, form, reduce)
 
 
-def _one_rank(q, k, hard, temperature, row_ids, col_ids, offset, margin, symmetric, backend, reduce):
+def _one_rank(q, k, hard, temperature, row_ids, col_ids, offset, margin, symmetric, form, reduce):
+    arguments = q, k, hard, temperature, row_ids, col_ids, offset, margin
+    if form.dense_below and q.shape[0] * k.shape[0] < form.dense_below:
+        return _dense_loss(*arguments, symmetric)
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, hard, temperature))
-    if reduce and needs_grad and not symmetric and backend == "torch":
-        return _info_nce_sum(q, k, hard, temperature, row_ids, col_ids, offset, margin)[0]
-    return _info_nce_rows(q, k, hard, temperature, row_ids, col_ids, offset, margin, symmetric, backend)[0]
+    if reduce and needs_grad and not symmetric and form.backend == "torch":
+        return _info_nce_sum(*arguments)[0]
+    return _info_nce_rows(*arguments, symmetric, form.backend)[0]
 
 
 def info_nce(
@@ -261,7 +334,9 @@ def info_nce(
             batch (a temperature receives its rank's share). DistributedDataParallel averages gradients: under
             it, multiply the gradient by the number of ranks, as `InfoNCELoss` does.
         exchange: "all_gather" (fastest) or "ring" (holds the keys of one other rank at a time).
-        backend: "auto", "triton" or "torch".
+        backend: "torch" and "triton" sweep over chunks or tiles of the logits; "dense" holds them all, with
+            the fewest operations. "auto" is "torch" on a CPU; on a GPU "dense" below 2^25 logits, else
+            "triton" for half precision and "torch" for fp32, whose products the library does best.
 
     Returns:
         The loss in fp32 (fp64 for fp64 inputs): () or (B,).
@@ -271,48 +346,53 @@ def info_nce(
         TypeError: mixed dtypes or devices.
     """
     _check(query, key, hard_negatives, temperature, ids, symmetric, in_batch_negatives, reduction, exchange)
-    backend = _resolve(backend, query)
+    form = _resolve(backend, query)
     hard = query.new_empty(len(query), 0, query.shape[1]) if hard_negatives is None else hard_negatives
-    dtype = query.dtype if backend == "triton" else acc_dtype(query.dtype)
+    dtype = query.dtype if form.backend == "triton" else acc_dtype(query.dtype)
     reduce = reduction != "none"
     if group is not None and dist.get_world_size(group) == 1:
         group = None
+    sizes = None if group is None else rows_per_rank(group, query, key)
     with torch.autocast(query.device.type, enabled=False):  # the statistics need their 24 bits
         tau = as_temperature(temperature, query)
-        q, k, hard = (_prepared(x, normalize, dtype) for x in (query, key, hard))
+        q, k = (_prepared(x, normalize, dtype) for x in (query, key))
+        hard = _prepared(hard, normalize and hard_negatives is not None, dtype)
         if in_batch_negatives:
-            loss = _in_batch(q, k, hard, tau, ids, margin, symmetric, group, exchange, backend, reduce)
+            loss = _in_batch(q, k, hard, tau, ids, margin, symmetric, sizes, group, exchange, form, reduce)
         else:
             loss = _own_loss(q.to(tau.dtype), k.to(tau.dtype), hard.to(tau.dtype), tau, margin)
     if not reduce:
         return loss
     loss, count = loss.sum(), len(query)
-    if group is not None:
-        loss, count = sum_over_ranks(loss, group), sum(rows_per_rank(query, group))
+    if group is not None and sizes is not None:
+        loss, count = sum_over_ranks(loss, group), sum(sizes[0])
     return loss / count if reduction == "mean" else loss
 
 
-def _in_batch(q, k, hard, temperature, ids, margin, symmetric, group, exchange, backend, reduce):
-    """Loss per local query, or their sum where reduce allows it."""
+def _in_batch(q, k, hard, temperature, ids, margin, symmetric, sizes, group, exchange, form, reduce):
+    """Loss per local query, or their sum where reduce allows it; sizes are the ranks' rows of q and of k."""
     b = len(q)
     row_ids = None if ids is None else ids[:b]
     if group is None:
-        return _one_rank(q, k, hard, temperature, row_ids, ids, 0, margin, symmetric, backend, reduce)
-    options = margin, group, exchange, backend, reduce
-    loss = _all_ranks(q, k, hard, temperature, row_ids, ids, *options)
+        return _one_rank(q, k, hard, temperature, row_ids, ids, 0, margin, symmetric, form, reduce)
+    options = margin, group, exchange, form, reduce
+    loss = _all_ranks(q, k, hard, temperature, row_ids, ids, sizes[1], *options)
     if symmetric:  # the positives' keys as queries, the queries as keys
         none = q.new_empty(b, 0, q.shape[1])
-        loss = (loss + _all_ranks(k[:b], q, none, temperature, row_ids, row_ids, *options)) / 2
+        other = _all_ranks(k[:b], q, none, temperature, row_ids, row_ids, sizes[0], *options)
+        loss = (loss + other) / 2
     return loss
 
 
-def _resolve(backend: str, query: Tensor) -> str:
+def _resolve(backend: str, query: Tensor) -> _Form:
+    if backend == "dense":
+        return _Form("torch", math.inf)
     resolved = resolve_backend(backend, query)
-    if resolved == "triton" and query.dtype == torch.float64:
-        if backend == "triton":
-            raise ValueError("backend='triton' takes bf16, fp16 and fp32, got float64")
-        return "torch"
-    return resolved
+    if backend == "triton" and query.dtype == torch.float64:
+        raise ValueError("backend='triton' takes bf16, fp16 and fp32, got float64")
+    if backend == "auto" and query.dtype not in (torch.float16, torch.bfloat16):
+        resolved = "torch"
+    return _Form(resolved, _DENSE_LOGITS if backend == "auto" and query.is_cuda else 0)
 
 
 def _prepared(x: Tensor, normalize: bool, dtype: torch.dtype) -> Tensor:

@@ -16,8 +16,6 @@ from torch import Tensor
 
 from uncausal.kernels.cpu import info_nce_torch as chunked
 
-_DROPPED = -1e30  # finite, so that its product with a probability of 0 is 0
-
 
 def _norms(x: Tensor, dims: Sequence[int]) -> Tensor:
     """Norms of all prefixes, (P, rows)."""
@@ -74,9 +72,9 @@ class _Sweep:
         """Overwrite S_p with its loss gradient, and note the statistics of its rows and columns."""
         for at, z in chunked._blocks(rows, s):
             z.mul_(self.a[p, at, None]).mul_(self.b[p])
-            z.diagonal(at.start).fill_(_DROPPED)
+            z.diagonal(at.start).fill_(chunked.DROPPED)
             if self.row_ids is not None and self.col_ids is not None:
-                z.masked_fill_(self.row_ids[at, None] == self.col_ids[None, :], _DROPPED)
+                z.masked_fill_(self.row_ids[at, None] == self.col_ids[None, :], chunked.DROPPED)
             m = z.amax(1)
             z.sub_(m[:, None])
             e = z.exp()

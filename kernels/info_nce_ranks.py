@@ -18,16 +18,16 @@ import torch.distributed as dist
 import torch.distributed.nn
 from torch import Tensor
 
-from uncausal.kernels.cpu.info_nce_torch import Negatives, Pairs
+from uncausal.kernels.cpu.info_nce_torch import Negatives, Pairs, acc_dtype
 from uncausal.kernels.launch import on_device
 
 
-def rows_per_rank(x: Tensor, group: dist.ProcessGroup) -> list[int]:
-    """The number of rows every rank holds."""
-    mine = torch.tensor([len(x)], device=x.device)
-    sizes = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(sizes, mine, group=group)
-    return torch.cat(sizes).tolist()
+def rows_per_rank(group: dist.ProcessGroup, *tensors: Tensor) -> list[list[int]]:
+    """Return for each tensor the rows that every rank holds: one exchange, and one wait for the device."""
+    mine = torch.tensor([len(x) for x in tensors], device=tensors[0].device)
+    counts = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(counts, mine, group=group)
+    return torch.stack(counts, 1).tolist()
 
 
 def _gather(x: Tensor, sizes: list[int], group: dist.ProcessGroup) -> Tensor:
@@ -50,12 +50,13 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         (grad,) = grads
-        padded = grad.new_zeros(len(ctx.sizes), max(ctx.sizes), *grad.shape[1:])
+        acc = acc_dtype(grad.dtype)  # a sum over ranks in bf16 would round at every step
+        padded = grad.new_zeros(len(ctx.sizes), max(ctx.sizes), *grad.shape[1:], dtype=acc)
         for block, part in zip(padded, grad.split(ctx.sizes), strict=True):
             block[: len(part)] = part
         mine = torch.empty_like(padded[0])
         dist.reduce_scatter(mine, list(padded), group=ctx.group)
-        return mine[: ctx.sizes[dist.get_rank(ctx.group)]], None, None
+        return mine[: ctx.sizes[dist.get_rank(ctx.group)]].to(grad.dtype), None, None
 
 
 def gather_rows(x: Tensor, sizes: list[int], group: dist.ProcessGroup) -> Tensor:
@@ -121,11 +122,16 @@ class _RingRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
+        with torch.autocast(grads[0].device.type, enabled=False):
+            return _RingRows.sweep_back(ctx, grads[0])
+
+    @staticmethod
+    def sweep_back(ctx, grad: Tensor):
         q, k, hard, temperature, row_ids, col_ids, lse = ctx.saved_tensors
         margin, sizes, group, (_, sweep_gradients) = ctx.options
         world, rank = len(sizes), dist.get_rank(group)
         pairs = Pairs.of(q, k[: len(q)], hard, temperature, margin)
-        weight, total = grads[0].contiguous(), torch.logaddexp(lse, pairs.pos)
+        weight, total = grad.contiguous(), torch.logaddexp(lse, pairs.pos)
         dq, dk = torch.zeros_like(pairs.qs), torch.zeros_like(k, dtype=pairs.qs.dtype)
         mass = torch.zeros_like(total)
         block = [dk, k] if col_ids is None else [dk, k, col_ids]
@@ -153,6 +159,7 @@ def ring_rows(
     row_ids: Tensor | None,
     col_ids: Tensor | None,
     margin: float | None,
+    sizes: list[int],
     group: dist.ProcessGroup,
     sweeps: tuple[Callable, Callable],
 ) -> Tensor:
@@ -162,8 +169,8 @@ def ring_rows(
         q, k, hard, temperature: this rank's (B, D), (M, D), (B, K, D) and (); key i is query i's positive.
         row_ids, col_ids: (B,) and (M,), or None.
         margin: as for `info_nce`.
+        sizes: the number of keys of every rank.
         group: the ranks.
         sweeps: `sweep_lse` and `sweep_gradients` of a backend.
     """
-    sizes = rows_per_rank(k, group)
     return _RingRows.apply(q, k, hard, temperature, row_ids, col_ids, margin, sizes, group, sweeps)

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 try:
     from triton import knobs
@@ -56,6 +58,30 @@ def interpreted() -> bool:
 def on_device(tensor: Tensor) -> AbstractContextManager:
     """Make a tensor's GPU the current one: Triton launches there, wherever the tensors are."""
     return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else contextlib.nullcontext()
+
+
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """Return what autocast casts to on a kind of device, None where it is off."""
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return None
+
+
+def traced() -> bool:
+    """Tell whether operations go into a graph, or are those of a transform, and tensors stand for others."""
+    keys = torch._C._TorchDispatchModeKey
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._are_functorch_transforms_active()
+        or any(torch._C._get_dispatch_mode(key) is not None for key in (keys.FAKE, keys.PROXY))
+    )
+
+
+def unobserved(*tensors: Tensor) -> bool:
+    """Tell whether nothing but autograd would see an op: no graph, mode, transform, or kind of tensor."""
+    observed = traced() or is_in_torch_dispatch_mode()
+    return not observed and all(type(x) in (Tensor, Parameter) for x in tensors)
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -124,8 +150,8 @@ _ATTENTION: _Tables = {
     },
 }
 
-# Larger ones for sequences that share no tile, attended without options; without an entry, the above hold.
-_ATTENTION_PLAIN: _Tables = {
+# Larger ones for sequences that share no tile, but for backward with dropout; without an entry the above.
+_ATTENTION_LARGE: _Tables = {
     "fwd": {
         ("cuda", 2): {64: Tile(128, 128, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(64, 64, 8, 2)},
         ("sm86", 2): {64: Tile(128, 64, 8, 2), 128: Tile(128, 32, 8, 2), 256: Tile(64, 32, 8, 2)},
@@ -136,7 +162,7 @@ _ATTENTION_PLAIN: _Tables = {
             128: Tile(128, 128, 8, 2),
             256: Tile(128, 32, 8, 2),
         },
-        ("hip", 2): {64: Tile(128, 64, 4, 2), 128: Tile(128, 64, 4, 1), 256: Tile(64, 32, 4, 1)},
+        ("hip", 2): {64: Tile(128, 64, 4, 2), 128: Tile(128, 64, 4, 1), 256: Tile(64, 32, 4, 2)},
     },
     "dq": {
         ("cuda", 2): {
@@ -146,7 +172,7 @@ _ATTENTION_PLAIN: _Tables = {
             256: Tile(32, 32, 4, 2),
         },
         ("sm90", 2): {64: Tile(64, 64, 4, 2), 128: Tile(64, 32, 4, 2), 256: Tile(128, 32, 8, 2)},
-        ("sm100", 2): {64: Tile(64, 64, 4, 2), 128: Tile(64, 32, 4, 2), 256: Tile(64, 32, 8, 2)},
+        ("sm100", 2): {64: Tile(64, 64, 4, 2), 128: Tile(64, 32, 4, 1), 256: Tile(64, 32, 4, 2)},
         ("hip", 2): {64: Tile(64, 64, 4, 1), 128: Tile(64, 32, 4, 1), 256: Tile(32, 32, 4, 1)},
     },
     "dkv": {
@@ -159,18 +185,21 @@ _ATTENTION_PLAIN: _Tables = {
 # Tokens from which on a sequence fills a tile of every kernel: where all do, none shares one.
 OWN_TILE_TOKENS = max(
     tile.block_n if kernel == "dkv" else tile.block_m
-    for tables in (_ATTENTION, _ATTENTION_PLAIN)
+    for tables in (_ATTENTION, _ATTENTION_LARGE)
     for kernel, table in tables.items()
     for tiles in table.values()
     for tile in tiles.values()
 )
 
 
+_EDGE_BLOCK = 32  # as many as one draw of dropout serves
+
+
 # Whose fp32 tiles are known to hold TF32 without spills; dK/dV would spill 24 bytes on sm86.
 ATTENTION_TF32 = ("sm80", "sm90")
 
 
-def attention_config(kernel: str, d: int, itemsize: int, arch: str, plain: bool = False) -> dict[str, Any]:
+def attention_config(kernel: str, d: int, itemsize: int, arch: str, large: bool = False) -> dict[str, Any]:
     """Launch configuration of an attention kernel.
 
     Args:
@@ -178,18 +207,18 @@ def attention_config(kernel: str, d: int, itemsize: int, arch: str, plain: bool 
         d: head dimension, at most 256; at most 128 for 4 bytes.
         itemsize: bytes per element, 2 or 4.
         arch: one of ARCHS.
-        plain: whether no sequence shares a tile, and no score is dropped, capped or outside a window.
+        large: whether no sequence shares a tile, and if scores are dropped it is the forward.
 
     Returns:
-        Tiles, warps and stages; TMA, in "fwd" and "dq", tells whether keys may come through tensor
-        descriptors.
+        Tiles, warps and stages; EDGE_BLOCK, what is walked at a time where some row sees but a part; TMA, in
+        "fwd" and "dq", whether keys may come through tensor descriptors.
 
     Raises:
         ValueError: for a head dimension that no tile holds.
     """
     kin = "sm86" if arch == "sm120" else arch
     vendor = "hip" if arch.startswith("gfx") else "cuda"
-    for tables in (_ATTENTION_PLAIN, _ATTENTION) if plain else (_ATTENTION,):
+    for tables in (_ATTENTION_LARGE, _ATTENTION) if large else (_ATTENTION,):
         table = tables[kernel].get((kin, itemsize)) or tables[kernel].get((vendor, itemsize)) or {}
         for most, tile in table.items():
             if d <= most:
@@ -199,8 +228,10 @@ def attention_config(kernel: str, d: int, itemsize: int, arch: str, plain: bool 
                     num_warps=tile.num_warps,
                     num_stages=tile.num_stages,
                 )
-                tma = {} if kernel == "dkv" else dict(TMA=arch in ("sm90", "sm100") and itemsize == 2)
-                return config | tma
+                if kernel == "dkv":
+                    return config | dict(EDGE_BLOCK=min(tile.block_m, _EDGE_BLOCK))
+                tma = arch in ("sm90", "sm100") and itemsize == 2
+                return config | dict(EDGE_BLOCK=min(tile.block_n, _EDGE_BLOCK), TMA=tma)
     raise ValueError(f"no tile of attention holds a head dimension of {d} with {itemsize} bytes per element")
 
 

@@ -5,7 +5,9 @@ import itertools
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -14,7 +16,10 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from uncausal.bench import ladder
-from uncausal.kernels import launch
+from uncausal.bench.launches.host import operations
+from uncausal.bench.launches.recorded import replaced_launches
+from uncausal.kernels import info_nce as module
+from uncausal.kernels import info_nce_ranks, launch
 from uncausal.kernels.cpu import info_nce_torch
 from uncausal.kernels.info_nce import InfoNCE, _info_nce_rows, _info_nce_sum, info_nce, info_nce_ref
 from uncausal.kernels.info_nce_prefixes import _info_nce_prefixes, info_nce_prefixes
@@ -42,7 +47,8 @@ def run(loss_of, tensors, weights=None, **options):
     query, key, hard, temperature = (x.detach().clone().requires_grad_() for x in tensors)
     loss = loss_of(query, key, hard, temperature=temperature, **options)
     total = loss * 1.5 if weights is None else (loss * weights).sum()
-    return [loss.detach(), *torch.autograd.grad(total, (query, key, hard, temperature))]
+    leaves = query, key, hard, temperature
+    return [loss.detach(), *torch.autograd.grad(total, leaves, materialize_grads=True)]
 
 
 def assert_exact(actual, expected, rtol=1e-9, atol=1e-11):
@@ -87,6 +93,95 @@ def test_options_equal_the_reference(b, m, k, reduction):
         assert_exact(
             run(info_nce, tensors, weights, **options), run(info_nce_ref, tensors, weights, **options)
         )
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("b, m, k", [(1, 1, 0), (1, 4, 2), (7, 7, 0), (20, 33, 1)])
+def test_dense_form_equals_the_reference(b, m, k, reduction):
+    tensors = inputs(b, m, 8, k, temperature=0.3)
+    weights = torch.linspace(-1, 2, b, dtype=torch.float64) if reduction == "none" else None
+    for symmetric, ids, margin in itertools.product(
+        (False, True), (None, integer_ids(m), torch.zeros(m, dtype=torch.long)), (None, 0.05, -0.1)
+    ):
+        options = dict(symmetric=symmetric, ids=ids, margin=margin, reduction=reduction)
+        actual = run(info_nce, tensors, weights, backend="dense", **options)
+        assert all(x.isfinite().all() for x in actual)
+        assert_exact(actual, run(info_nce, tensors, weights, backend="torch", **options))
+
+
+def test_dense_form_keeps_its_precision():
+    """As the sweeps: where the positive wins, in half precision, and at logits of ten thousand."""
+    for dtype in (torch.float32, torch.bfloat16):
+        assert_within_eager(inputs(64, 64, 64, 2, dtype), symmetric=True, backend="dense")
+    tensors = inputs(40, 40, 64, 2, torch.float32, 1.0)
+    tensors[0] *= 1e4 / (tensors[0] @ tensors[1].T).abs().max()
+    assert_within_eager(tensors, normalize=False, symmetric=True, backend="dense")
+    query = torch.eye(16) + 0.01 * torch.randn(16, 16, generator=torch.Generator().manual_seed(0))
+    tensors = [query, torch.eye(16), query.new_empty(16, 0, 16), torch.tensor(0.05)]
+    actual, expected = (
+        run(info_nce, tensors, backend="dense"),
+        run(info_nce_ref, [x.double() for x in tensors]),
+    )
+    for a, e in zip(actual[:3], expected, strict=False):
+        torch.testing.assert_close(a.double(), e, rtol=1e-4, atol=1e-4 * float(e.abs().max()))
+
+
+def test_dense_form_asks_for_fewer_operations():
+    """Below 2^25 logits a GPU waits for the host."""
+    query, key = (torch.randn(64, 32, requires_grad=True) for _ in range(2))
+
+    def count(loss_of) -> int:
+        return operations(lambda: loss_of(query, key).backward()).total()
+
+    def eager(query, key):
+        scores = F.normalize(query, dim=-1) @ F.normalize(key, dim=-1).T / 0.05
+        return F.cross_entropy(scores, torch.arange(len(query)))
+
+    dense, swept = (count(partial(info_nce, backend=backend)) for backend in ("dense", "torch"))
+    assert dense <= 1.4 * count(eager) < 0.7 * swept
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch", "dense"])
+def test_info_nce_does_not_wait(backend, monkeypatch):
+    """On tensors of the meta device, which have no values that could be read off it."""
+    monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: contextlib.nullcontext())
+    ids = torch.zeros(9, dtype=torch.long, device="meta")
+
+    def step() -> None:
+        shapes = (8, 300), (9, 300), (8, 3, 300)
+        leaves = [torch.empty(s, dtype=torch.bfloat16, device="meta", requires_grad=True) for s in shapes]
+        info_nce(*leaves, ids=ids, margin=0.1, symmetric=True, backend=backend).backward()
+
+    with replaced_launches("sm90", lambda *args, **kwargs: None):
+        assert operations(step).total() > 0
+
+
+class OnGPU(torch.Tensor):
+    """A CPU's tensor that says it lies on a GPU."""
+
+    is_cuda = True
+
+
+@pytest.mark.parametrize(
+    "dtype, big, form",
+    [
+        (torch.bfloat16, False, "dense"),
+        (torch.float32, False, "dense"),
+        (torch.bfloat16, True, "triton"),
+        (torch.float32, True, "torch"),
+        (torch.float64, True, "torch"),
+    ],
+)
+def test_form_on_a_gpu(dtype, big, form, monkeypatch):
+    """Regression: fp32 went through kernels that multiply it without the matrix unit."""
+    monkeypatch.setattr(module, "_DENSE_LOGITS", 16 if big else 1 << 25)
+    query = torch.zeros(8, 4, dtype=dtype).as_subclass(OnGPU)
+    chosen = module._resolve("auto", query)
+    assert chosen.backend == ("triton" if dtype == torch.bfloat16 else "torch")
+    assert (64 < chosen.dense_below) == (form == "dense")
+    forced = module._resolve("torch", query)
+    assert forced.backend == "torch" and not forced.dense_below
 
 
 @pytest.mark.parametrize("margin", [None, 0.02])
@@ -243,9 +338,11 @@ def test_autocast_does_not_lower_the_precision():
     """Under autocast the products of the sweep would run in bf16, and the logits keep three digits."""
     tensors = inputs(20, 20, 16, 1, torch.float32)
     expected = [run(info_nce, tensors, symmetric=symmetric) for symmetric in (False, True)]
+    expected.append(run(info_nce, tensors, backend="dense", symmetric=True))
     expected.append(run(prefixes, tensors, dims=[8, 16], factors=[1.0, 1.0]))
     with torch.autocast("cpu", torch.bfloat16):
         actual = [run(info_nce, tensors, symmetric=symmetric) for symmetric in (False, True)]
+        actual.append(run(info_nce, tensors, backend="dense", symmetric=True))
         actual.append(run(prefixes, tensors, dims=[8, 16], factors=[1.0, 1.0]))
     for a, e in zip(actual, expected, strict=True):
         assert_exact(a, e, rtol=0, atol=0)
@@ -391,11 +488,38 @@ def test_ranks_equal_one_process(sizes, tmp_path):
             assert process.returncode == 0, output
 
 
+def _check_gather(rank: int, sizes: list[int]) -> None:
+    """Regression: the ranks' gradients of a key were added up in its own 8 bits."""
+    rows = torch.zeros(sizes[rank], 4, dtype=torch.bfloat16, requires_grad=True)
+    gathered = info_nce_ranks.gather_rows(rows, sizes, dist.group.WORLD)
+    share = torch.full_like(gathered, 256.0 if rank == 0 else 1.0)
+    (grad,) = torch.autograd.grad(gathered, rows, share)
+    expected = torch.tensor(256.0 + len(sizes) - 1).bfloat16()
+    assert grad.dtype == torch.bfloat16 and (grad == expected).all(), (grad, expected)
+
+
+def _check_exchanges() -> None:
+    """Regression: the ranks told each other their numbers of rows twice a loss, symmetric three times."""
+    told = []
+    gather = dist.all_gather
+
+    def counted(blocks, mine, **options):
+        told.append(not mine.is_floating_point())
+        return gather(blocks, mine, **options)
+
+    query, key = torch.randn(3, 8, requires_grad=True), torch.randn(3, 8)
+    with mock.patch.object(dist, "all_gather", counted):
+        info_nce(query, key, symmetric=True, group=dist.group.WORLD).backward()
+    assert sum(told) == 1, told
+
+
 def _main(store: str, *numbers: str) -> None:
     *sizes, rank = map(int, numbers)
     dist.init_process_group("gloo", store=dist.FileStore(store, len(sizes)), rank=rank, world_size=len(sizes))
     try:
         _check_rank(rank, sizes)
+        _check_gather(rank, sizes)
+        _check_exchanges()
         dist.barrier()  # nobody leaves while another still reads
     finally:
         dist.destroy_process_group()

@@ -16,8 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_CHUNK_BYTES = 64 << 20  # logits of one chunk of rows
+_CHUNK_BYTES = 64 << 20  # logits of one chunk of rows on a CPU
+CACHED_BYTES = 32 << 20  # on a GPU: what its second-level cache keeps of them
 _CHUNK_ROWS = (128, 1024)  # fewer rows starve the matrix products, more gain nothing
+DROPPED = (
+    -1e30
+)  # stands for a logit that takes no part; finite, so that its product with a probability of 0 is 0
 _BLOCK_BYTES = 1 << 20  # what one round of elementwise passes works on, to stay in cache
 
 
@@ -87,9 +91,7 @@ class Pairs:
         pos = (qs * own).sum(-1)
         # The margin compares scores, so it is divided by the temperature with them.
         limit = None if margin is None else pos + margin / temperature
-        logits = qs.new_empty(hard.shape[:2])
-        for i in range(hard.shape[1]):  # one by one: the temporary stays (B, D)
-            logits[:, i] = (qs * hard[:, i]).sum(-1)
+        logits = torch.bmm(qs[:, None], hard.mT).squeeze(1)  # the other way round it is slower, less exact
         if limit is not None:
             logits.masked_fill_(logits > limit[:, None], -math.inf)
         return cls(qs, own, hard, temperature, pos, logits, limit)
@@ -121,8 +123,7 @@ class Pairs:
         pos_coef = mass + hard_coef.sum(1)
         dq.addcmul_(self.own, pos_coef[:, None], value=-1)
         dk.addcmul_(self.qs, pos_coef[:, None], value=-1)
-        for i in range(self.hard.shape[1]):
-            dq.addcmul_(self.hard[:, i], hard_coef[:, i, None])
+        dq[:, None].baddbmm_(hard_coef[:, None], self.hard)
         dhard = hard_coef[:, :, None] * self.qs[:, None, :]
         dtemperature = -(self.qs * dq).sum() / self.temperature
         return [dq.div_(self.temperature), dhard, dtemperature]
@@ -131,7 +132,8 @@ class Pairs:
 def _chunks(qs: Tensor, k: Tensor, negatives: Negatives) -> Iterator[tuple[slice, Tensor]]:
     """Yield chunks of rows and their logits (rows, M), positives and equal ids masked, in a buffer reused."""
     low, high = _CHUNK_ROWS
-    step = min(max(_CHUNK_BYTES // max(k.element_size() * len(k), 1), low), high)
+    size = _CHUNK_BYTES if k.device.type == "cpu" else CACHED_BYTES
+    step = min(max(size // max(k.element_size() * len(k), 1), low), high)
     buffer = k.new_empty(min(step, len(qs)), len(k))
     for start in range(0, len(qs) if len(k) else 0, step):
         rows = slice(start, min(start + step, len(qs)))
@@ -141,6 +143,7 @@ def _chunks(qs: Tensor, k: Tensor, negatives: Negatives) -> Iterator[tuple[slice
 
 def _blocks(rows: slice, z: Tensor) -> Iterator[tuple[slice, Tensor]]:
     step = max(_BLOCK_BYTES // max(z.shape[1] * z.element_size(), 1), 1)
+    step = step if z.device.type == "cpu" else max(len(z), 1)  # a GPU's cache holds the chunk
     for start in range(rows.start, rows.stop, step):
         stop = min(start + step, rows.stop)
         yield slice(start, stop), z[start - rows.start : stop - rows.start]

@@ -19,12 +19,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from uncausal.kernels.cpu.info_nce_torch import Negatives
+from uncausal.kernels.cpu.info_nce_torch import CACHED_BYTES, Negatives
 from uncausal.kernels.launch import architecture, info_nce_config, precision, processors
 
 _LOG2E = math.log2(math.e)
 _FUSED_D = 256
-_CHUNK_BYTES = 256 << 20  # weights of one chunk of rows, above _FUSED_D
+_CHUNK_BYTES = CACHED_BYTES  # weights of one chunk of rows, above _FUSED_D
+_CHUNK_ROWS = 1024  # at least: every chunk adds to all of dK
 _COUNTS = [
     "N",
     "M",
@@ -256,7 +257,7 @@ def _grad_chunked(q, k, scale, row_side, col_side, row_ids, col_ids, offset: int
     (n, d), m = q.shape, len(k)
     config = info_nce_config("weight", d, q.element_size(), architecture(q.device))
     block_m, block_n = config["BLOCK_M"], config["BLOCK_N"]
-    step = max(_CHUNK_BYTES // (m * q.element_size()) // block_m, 1) * block_m
+    step = max(_CHUNK_BYTES // (m * q.element_size()), _CHUNK_ROWS) // block_m * block_m
     dq = torch.empty(n, d, dtype=torch.float32, device=q.device)
     dk = torch.zeros(m, d, dtype=torch.float32, device=q.device)
     # rows a multiple of 16 apart, whatever M is: stores stay wide
@@ -279,11 +280,18 @@ def _grad_chunked(q, k, scale, row_side, col_side, row_ids, col_ids, offset: int
             stride_o=g.stride(0), D=d, HAS_Y=col_side is not None, HAS_LIMIT=limit is not None,
             HAS_IDS=row_ids is not None, PRECISION=precision(q.dtype), **config,
         )  # fmt: skip
-        dq[rows] = part @ k
-        dk += part.T @ x
+        dq[rows] = _wide_product(part, k)
+        dk += _wide_product(part.T, x)
         row_mass[rows] = x_mass.sum(0)
         col_mass += y_mass.sum(0)
     return dq, dk, row_mass, col_mass
+
+
+def _wide_product(a: Tensor, b: Tensor) -> Tensor:
+    """a b in fp32, where the library can without rounding it to the factors' dtype first."""
+    if a.dtype != torch.float32 and a.is_cuda and torch.version.hip is None:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return (a @ b).float()
 
 
 def _columns(side: Tensor, offset: int, m: int, fill: float) -> Tensor:
