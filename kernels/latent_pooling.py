@@ -14,6 +14,8 @@ Layout legend: B sequences, T packed tokens, d hidden size, H heads, R latents, 
 (with GEGLU the value half, then the gate half). Weights are (out, in), as in nn.Linear.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -29,7 +31,7 @@ from uncausal.kernels.latent_pooling_ops import (
     latent_softmax,
     norm_of,
 )
-from uncausal.kernels.launch import resolve_backend
+from uncausal.kernels.launch import autocast_dtype, resolve_backend
 from uncausal.kernels.packing import PackedLayout
 
 
@@ -64,7 +66,7 @@ def latent_attention_pool(
     parameters: FoldedLatents,
     *,
     token_weights: Tensor | None = None,
-    validate: bool = True,
+    validate: bool | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Pool packed token states into one vector a sequence with a folded latent attention layer.
@@ -76,15 +78,16 @@ def latent_attention_pool(
         parameters: from `LatentAttentionPooling.fold`; gradients reach the layer through it.
         token_weights: (T,) weights >= 0 of the mean, 0 leaves a token out; None for equal ones. Not
             differentiated.
-        validate: False skips the check of values in `cu_seqlens` and `token_weights`, and on a GPU its
-            synchronisation.
+        validate: check the values in `cu_seqlens` and `token_weights`; None does so on a CPU alone, since the
+            host waits for a GPU's. Unchecked, a sequence without a token gives NaN.
         backend: "auto" (Triton for half precision on a GPU, else torch), "triton" or "torch".
 
     Returns:
         (B, d) in the dtype of `hidden_states`, not normalised.
 
     Raises:
-        ValueError: for shapes or lengths that do not fit, or a sequence without a token to pool.
+        ValueError: for shapes, and where they are checked lengths, that do not fit, or a sequence without a
+            token to pool.
 
     Source: NV-Embed (arXiv 2405.17428), section 3.2.
     """
@@ -148,7 +151,7 @@ def _cast(p: FoldedLatents, dtype: torch.dtype) -> FoldedLatents:
 
 
 def _mean_weights(
-    hidden_states: Tensor, cu_seqlens: Tensor, token_weights: Tensor | None, validate: bool
+    hidden_states: Tensor, cu_seqlens: Tensor, token_weights: Tensor | None, validate: bool | None
 ) -> Tensor:
     """Weights (T,) that sum to one over each sequence, in the accumulation dtype."""
     tokens = hidden_states.shape[0]
@@ -167,6 +170,7 @@ def _mean_weights(
     else:
         weights = token_weights.to(hidden_states.device, dtype)
         total = weights.new_zeros(len(lengths)).index_add(0, ids, weights)
+    validate = hidden_states.device.type == "cpu" if validate is None else validate
     if validate and not torch.compiler.is_compiling():
         _check_sequences(cu_seqlens, tokens, weights, total)
     return weights / total[ids]
@@ -189,7 +193,7 @@ class LatentAttentionPooling(nn.Module):
     Every call folds whenever that costs less arithmetic for the tokens at hand. A frozen layer folds once and
     keeps the result: `freeze()` and `eval()` freeze, `train()` and a call that records gradients for the
     parameters thaw. What writes into a frozen layer's parameters is noticed (`load_state_dict`, `.to()`,
-    `copy_`), but for writing through `parameter.data`: call `freeze()` again after it.
+    `copy_`), but for fused optimisers and writing through `parameter.data`: call `freeze()` again after them.
 
     Args:
         hidden_size: d.
@@ -278,7 +282,7 @@ class LatentAttentionPooling(nn.Module):
             (B, d) in the dtype of `hidden_states`, not normalised.
 
         Raises:
-            ValueError: for a sequence without a token to pool, or shapes that do not fit.
+            ValueError: for shapes that do not fit, and on a CPU for a sequence without a token to pool.
         """
         if hidden_states.dim() == 3:
             if attention_mask is None:
@@ -290,8 +294,8 @@ class LatentAttentionPooling(nn.Module):
         elif cu_seqlens is None:
             raise ValueError(f"packed states {tuple(hidden_states.shape)} need cu_seqlens")
         device_type = hidden_states.device.type
-        if torch.is_autocast_enabled(device_type):
-            hidden_states = hidden_states.to(torch.get_autocast_dtype(device_type))
+        if (dtype := autocast_dtype(device_type)) is not None:
+            hidden_states = hidden_states.to(dtype)
         trains = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
         if trains and self._frozen:
             self._frozen, self._kept = False, None
@@ -301,7 +305,7 @@ class LatentAttentionPooling(nn.Module):
             else:
                 folded = self.fold(hidden_states.dtype, hidden_states.shape[0])
         if folded.score is None:
-            weights = _mean_weights(hidden_states, cu_seqlens, token_weights, True)
+            weights = _mean_weights(hidden_states, cu_seqlens, token_weights, None)
             backend = _resolve(self.backend, hidden_states)
             with torch.autocast(device_type, enabled=False):
                 return _mlp_mean(self._attend(hidden_states), cu_seqlens, folded, weights, backend)
@@ -440,6 +444,22 @@ class LatentAttentionPooling(nn.Module):
     def train(self, mode: bool = True):
         self._frozen, self._kept = not mode, None
         return super().train(mode)
+
+
+@contextmanager
+def kept_folds(model: nn.Module) -> Iterator[None]:
+    """Fold each latent attention layer of a model once for the calls in the block that record no gradient.
+
+    For several calls between which no parameter changes, as in GradCache's first pass (arXiv 2101.06983).
+    """
+    found = [m for m in model.modules() if isinstance(m, LatentAttentionPooling) and not m._frozen]
+    for layer in found:
+        layer._frozen, layer._kept = True, None
+    try:
+        yield
+    finally:
+        for layer in found:
+            layer._frozen, layer._kept = False, None
 
 
 def _version(parameter: Tensor) -> int:

@@ -1,6 +1,8 @@
 """The latent attention layer against its equations in float64: every form, folded or not, on both
 backends."""
 
+import contextlib
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,10 +10,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from uncausal.bench import ladder
 from uncausal.bench.bench_latent_pooling import flops
+from uncausal.bench.launches.host import operations
+from uncausal.bench.launches.recorded import replaced_launches
 from uncausal.kernels import latent_pooling_ops
 from uncausal.kernels.cpu import latent_pooling_torch
 from uncausal.kernels.cpu.latent_pooling_torch import latent_attention_pool_ref
-from uncausal.kernels.latent_pooling import LatentAttentionPooling, latent_attention_pool
+from uncausal.kernels.latent_pooling import LatentAttentionPooling, kept_folds, latent_attention_pool
 from uncausal.kernels.launch import Tile
 
 RELEASED = {}
@@ -230,6 +234,32 @@ def test_a_frozen_layer_folds_once(monkeypatch):
     assert hidden.grad is not None and hidden.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_folds_are_kept_in_a_block_alone(monkeypatch, fused):
+    """Regression: GradCache's first pass folded for every mini-batch. Fused optimisers write unnoticed."""
+    layer, folds = make_layer(latents=4), []
+    fold = LatentAttentionPooling.fold
+    monkeypatch.setattr(LatentAttentionPooling, "fold", lambda *args: (folds.append(0), fold(*args))[1])
+    batches = [make_tokens(lengths, 64) for lengths in ([40, 20], [9, 30], [2])]
+    optimizer = torch.optim.AdamW(layer.parameters(), 0.05, fused=fused)
+    for _ in range(2):
+        folds.clear()
+        with torch.no_grad(), kept_folds(torch.nn.Sequential(layer)):
+            first = [layer(hidden, cu_seqlens) for hidden, cu_seqlens, _ in batches]
+        assert len(folds) == 1 and not layer._frozen
+        second = [layer(hidden, cu_seqlens) for hidden, cu_seqlens, _ in batches]
+        torch.testing.assert_close(first, [x.detach() for x in second])
+        assert len(folds) == 4  # each of these needs a graph of its own
+        sum(x.square().sum() for x in second).backward()
+        with torch.no_grad():  # nothing of it may last
+            layer(*batches[0][:2])
+        optimizer.step()
+    layer.eval()
+    with kept_folds(layer):
+        pass
+    assert layer._frozen  # as it was
+
+
 def test_what_thaws_a_layer():
     """Regression: a hook on every optimizer of the process had to tell when a fold was old."""
     layer = make_layer()
@@ -310,6 +340,31 @@ def test_errors():
         latent_attention_pool(hidden, cu_seqlens, layer.fold(tokens=1))
     with pytest.raises(ValueError, match="one head"):
         LatentAttentionPooling(64, project=False)
+
+
+def test_validation_can_be_asked_for_and_left_out():
+    layer = make_layer()
+    hidden, cu_seqlens, _ = make_tokens([8, 5], 64)
+    folded, empty = layer.fold(), torch.tensor([0, 8, 8, 13])
+    for validate in (None, True):  # on a CPU it costs nothing
+        with pytest.raises(ValueError, match="sequence 1 has no token"):
+            latent_attention_pool(hidden, empty, folded, validate=validate)
+    out = latent_attention_pool(hidden, empty, folded, validate=False)
+    torch.testing.assert_close(out[[0, 2]], layer(hidden, cu_seqlens))
+
+
+def test_the_layer_does_not_wait_for_a_device(monkeypatch):
+    """Regression: it checked every batch's lengths on the device. The meta device has no values to read."""
+    monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: contextlib.nullcontext())
+    layer = LatentAttentionPooling(64, 16, 2, head_dim=32, backend="triton").to("meta")
+    cu_seqlens = torch.empty(4, dtype=torch.int32, device="meta")
+
+    def step() -> None:
+        hidden = torch.empty(90, 64, dtype=torch.bfloat16, device="meta", requires_grad=True)
+        layer(hidden, cu_seqlens, token_weights=torch.empty(90, device="meta")).sum().backward()
+
+    with replaced_launches("sm90", lambda *args, **kwargs: None):
+        assert operations(step).total() > 0
 
 
 def test_mixed_precision():

@@ -20,6 +20,7 @@ from torch import nn
 
 from uncausal.encoder.training import losses
 from uncausal.encoder.training.losses import InfoNCELoss, embed, masked_next_token_loss
+from uncausal.kernels.latent_pooling import LatentAttentionPooling
 
 VOCABULARY, DIM = 50, 16
 
@@ -124,6 +125,32 @@ def test_cached_equals_uncached_without_dropout(limits):
     model = tiny_model(dropout=0.0)
     cached, plain = InfoNCELoss(model, **limits), InfoNCELoss(model)
     assert_same(loss_and_gradients(model, cached, 3), loss_and_gradients(model, plain, 3))
+
+
+class TinyLatentEncoder(TinyEncoder):
+    """With latent pooling in place of the mean, in mini-batches large enough to fold for."""
+
+    def __init__(self):
+        super().__init__(0.0)
+        self.pool = LatentAttentionPooling(DIM, 2, 2, head_dim=8)
+
+    def forward(self, features):
+        states = self.mlp(self.embed(features["input_ids"]))
+        features["sentence_embedding"] = self.pool(states, attention_mask=features["attention_mask"])
+        return features
+
+
+def test_cached_folds_latent_pooling_once_in_its_first_pass(monkeypatch):
+    torch.manual_seed(0)
+    model, folds = SentenceTransformer(modules=[TinyLatentEncoder().double()], device="cpu"), []
+    fold = LatentAttentionPooling.fold
+    monkeypatch.setattr(
+        LatentAttentionPooling, "fold", lambda *args: (folds.append(torch.is_grad_enabled()), fold(*args))[1]
+    )
+    plain = loss_and_gradients(model, InfoNCELoss(model))
+    folds.clear()
+    assert_same(loss_and_gradients(model, InfoNCELoss(model, mini_batch_size=4)), plain)
+    assert folds == [False] + [True] * 6  # two columns of three mini-batches
 
 
 def test_cached_scales_with_the_outer_gradient():

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from uncausal.kernels.info_nce import info_nce
 from uncausal.kernels.info_nce_prefixes import info_nce_prefixes
+from uncausal.kernels.latent_pooling import kept_folds
 
 _IGNORE = -100
 _LOGITS_BYTES = 256 << 20  # vocabulary logits in memory at a time
@@ -102,7 +103,8 @@ class InfoNCELoss(CachedLossMixin, nn.Module):
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None) -> Tensor:
         if self.uses_gradient_cache:
-            return self.forward_cached(sentence_features, labels)
+            with kept_folds(self.model):  # in its first pass
+                return self.forward_cached(sentence_features, labels)
         return self.compute_loss_from_embeddings(embed(self.model, list(sentence_features)), labels)
 
     def calculate_loss(

@@ -25,6 +25,7 @@ from uncausal.encoder.loading import local_path
 from uncausal.encoder.training.ranks import together
 from uncausal.encoder.training.stages.base import PairStage
 from uncausal.encoder.whitening import LinearMap, append_linear, unnormalized
+from uncausal.kernels.latent_pooling import kept_folds
 
 logger = logging.getLogger(__name__)
 
@@ -169,7 +170,8 @@ class UnitDistance(CachedLossMixin, nn.Module):
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor) -> Tensor:
         """Return the mean over the batch; labels are (B, D) unit vectors."""
         if self.mini_batch_size:
-            return self.forward_cached(sentence_features, labels)
+            with kept_folds(self.model):  # in its first pass
+                return self.forward_cached(sentence_features, labels)
         [features] = sentence_features
         return self._distance(self.model(features)["sentence_embedding"], labels)
 
