@@ -53,6 +53,12 @@ def main_loop(built: Compiled) -> Cost | None:
     )
 
 
+def products(ttgir: str) -> list[int]:
+    """Count the matrix products in each innermost loop of Triton's IR that multiplies."""
+    loops = [len(_dots(loop)) for loop in _ttgir_loops(ttgir) if len(list(_ttgir_loops(loop))) == 1]
+    return [count for count in loops if count]
+
+
 def main_loops(assembly: str) -> list[list[str]]:
     """List the mnemonics of each innermost loop that holds matrix instructions, in the order of the code."""
     blocks, successors = _control_flow(assembly)

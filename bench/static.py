@@ -4,15 +4,16 @@
 once per architecture, compiles each launch for that architecture with exactly the types, flags and tiles
 that the launcher chose, and counts registers, spills, shared memory and the cycles of the main loop
 (`bench/cycles.py`). Peers that are installed go through the same steps.
+
+Three parts of it stand alone: `--trace` lists what calls of attention launch, and how much of it is of use;
+`--host` counts what a call asks of the host; `--products` counts matrix products.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import csv
 import dataclasses
-import importlib
 import json
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -25,103 +26,12 @@ import torch
 
 from uncausal.bench import ladder
 from uncausal.bench.cycles import main_loop
+from uncausal.bench.launches.recorded import Launch, recorded_launches
 from uncausal.bench.report import write_section
 
 BENCH = Path(__file__).resolve().parent
 BUDGET = BENCH.parent / "tests" / "static_budget.json"
 HEAD_DIMS = (64, 128)
-
-
-@dataclasses.dataclass(frozen=True)
-class Launch:
-    """One recorded launch: what `ladder.compile_for` needs to build the same machine code."""
-
-    kernel: Any
-    signature: tuple[tuple[str, str], ...]
-    constexprs: tuple[tuple[str, Any], ...]
-    divisible: tuple[str, ...]
-    options: tuple[tuple[str, Any], ...]
-
-    def compile(self, arch: str) -> ladder.Compiled:
-        return ladder.compile_for(
-            self.kernel,
-            dict(self.signature),
-            dict(self.constexprs),
-            arch,
-            divisible=self.divisible,
-            **dict(self.options),
-        )
-
-
-@contextlib.contextmanager
-def recorded_launches(arch: str) -> Iterator[list[Launch]]:
-    """Record Triton launches instead of running them, as if the tensors lay on a GPU of this architecture.
-
-    Yields:
-        A list that receives every distinct launch. The tensors a launch would have written stay as they were.
-    """
-    from triton import JITFunction
-
-    launches: list[Launch] = []
-
-    def record(kernel, *args, grid, warmup, **kwargs):
-        launch = _launch(kernel, args, kwargs)
-        if launch not in launches:
-            launches.append(launch)
-
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.object(JITFunction, "run", record))
-        for path in sorted((BENCH.parent / "kernels").rglob("*.py")):  # all of them: some import others late
-            name = ".".join(path.relative_to(BENCH.parent).with_suffix("").parts)
-            module = importlib.import_module(f"uncausal.{name}")
-            if hasattr(module, "architecture"):
-                stack.enter_context(mock.patch.object(module, "architecture", lambda device: arch))
-            if hasattr(module, "resolve_backend"):
-                stack.enter_context(mock.patch.object(module, "resolve_backend", lambda *_: "triton"))
-        yield launches
-
-
-def _launch(kernel, args: tuple, kwargs: dict[str, Any]) -> Launch:
-    bound = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
-    signature, constexprs, divisible = {}, {}, []
-    for parameter in kernel.params:
-        value = bound.pop(parameter.name, parameter.default)
-        kind = _type_of(value)
-        one = isinstance(value, int) and value == 1 and not parameter.do_not_specialize
-        if parameter.is_constexpr or kind is None or one:
-            constexprs[parameter.name] = value
-            continue
-        signature[parameter.name] = kind
-        number = value.data_ptr() if isinstance(value, torch.Tensor) else value
-        if isinstance(number, int) and number % 16 == 0 and not parameter.do_not_specialize:
-            divisible.append(parameter.name)
-    options = tuple(bound.items())
-    return Launch(kernel, tuple(signature.items()), tuple(constexprs.items()), tuple(divisible), options)
-
-
-def _type_of(value: Any) -> str | None:
-    """Triton's name of the type that a launcher gives to an argument; None for what it makes a constant."""
-    if isinstance(value, torch.Tensor):
-        return "*" + _DTYPES[value.dtype]
-    if hasattr(value, "block_shape"):  # a host-side tensor descriptor
-        return f"tensordesc<{_DTYPES[value.base.dtype]}{list(value.block_shape)}>"
-    if isinstance(value, bool):
-        return "i1"
-    if isinstance(value, int):
-        return "i32" if -(2**31) <= value < 2**31 else "i64"
-    return "fp32" if isinstance(value, float) else None
-
-
-_DTYPES = {
-    torch.bfloat16: "bf16",
-    torch.float16: "fp16",
-    torch.float32: "fp32",
-    torch.float64: "fp64",
-    torch.int32: "i32",
-    torch.int64: "i64",
-    torch.bool: "i1",
-    torch.uint8: "u8",
-}
 
 
 def _cu_seqlens(*lengths: int) -> torch.Tensor:
@@ -192,6 +102,8 @@ KERNELS: dict[str, Callable[[], None]] = {
     "attention_short": partial(_attention, SHORT),
     # where sequences share tiles, every option at once takes the most registers; 80 is like 96, 160 like 192
     "attention_options": partial(_attention, SHORT, (64, 128, 256), **EVERYTHING),
+    "attention_window": partial(_attention, LONG, (64, 128, 256), window_size=(100, 100), softcap=20.0),
+    "attention_long_options": partial(_attention, LONG, (64, 128, 256), **EVERYTHING),
     "attention_dims": partial(_attention, LONG, (32, 96, 192, 256)),
     "attention_fp32": partial(_attention, SHORT, (64, 128), torch.float32, **EVERYTHING),
     "info_nce": _info_nce,
@@ -273,67 +185,6 @@ def budget(rows: Iterable[dict[str, Any]]) -> dict[str, dict[str, float]]:
     return found
 
 
-def _lengths(kind: str) -> tuple[int, ...]:
-    """Token counts of a batch: log-normal texts, or sentences of 12 to 39 tokens."""
-    generator = torch.Generator().manual_seed(0)
-    if kind == "sentences":
-        return tuple(torch.randint(12, 40, (64,), generator=generator).tolist())
-    return tuple(torch.randn(64, generator=generator).mul(0.8).add(4.5).exp().clamp(16, 512).int().tolist())
-
-
-def _dense(batch: int, length: int, dims: tuple[int, ...], heads: tuple[int, int] = (12, 12)) -> None:
-    from uncausal.kernels.attention import flash_attn_func
-
-    for d in dims:
-        shapes = ((batch, length, h, d) for h in (heads[0], heads[1], heads[1]))
-        q, k, v = (torch.randn(shape, dtype=torch.bfloat16, requires_grad=True) for shape in shapes)
-        out, _, _ = flash_attn_func(q, k, v, return_attn_probs=True, backend="triton")
-        out.sum().backward()
-
-
-def _drop_in(lengths: tuple[int, ...]) -> None:
-    from uncausal.kernels.attention import flash_attn_varlen_func
-
-    cu = _cu_seqlens(*lengths)
-    q, k, v = (torch.randn(sum(lengths), 12, 64, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
-    out, _, _ = flash_attn_varlen_func(q, k, v, cu, cu, return_attn_probs=True, backend="triton")
-    out.sum().backward()
-
-
-TRACED: dict[str, Callable[[], None]] = {
-    "dense 4 x 2048": partial(_dense, 4, 2048, (64, 80, 96, 128, 192, 256)),
-    "dense, GQA 9:3": partial(_dense, 2, 512, (64,), (9, 3)),
-    "dense, GQA 32:8": partial(_dense, 1, 512, (128,), (32, 8)),
-    "drop-in varlen, log-normal 16 to 512": lambda: _drop_in(_lengths("texts")),
-    "known lengths, log-normal 16 to 512": lambda: _attention(_lengths("texts"), (64,)),
-    "known lengths, from 128 tokens": lambda: _attention((128, 200, 512), (64,)),
-    "SimCSE, dropout": lambda: _attention(_lengths("sentences"), (64,), dropout_p=0.3),
-    "windows of 512": lambda: _attention((2048, 1024), (256,), window_size=(512, 512)),
-}
-
-
-def trace(arch: str) -> str:
-    """Tell what calls as users make them launch on an architecture: a Markdown table of tiles."""
-    lines = [
-        "| call | kernel | D | tile | warps, stages | sequences share a tile |",
-        "|---|---|---|---|---|---|",
-    ]
-    for name, call in TRACED.items():
-        with recorded_launches(arch) as found:
-            call()
-        for launch in found:
-            facts, options = dict(launch.constexprs), dict(launch.options)
-            if "BLOCK_N" in facts:
-                tile = f"{facts['BLOCK_M']} x {facts['BLOCK_N']}"
-                cells = [name, launch.kernel.__name__.strip("_"), facts["D"], tile]
-                cells += [
-                    f"{options['num_warps']}, {options['num_stages']}",
-                    "yes" if facts["SHARED"] else "no",
-                ]
-                lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines)
-
-
 def _installed(distribution: str) -> bool:
     try:
         metadata.version(distribution)
@@ -408,11 +259,23 @@ def render(rows: list[dict[str, Any]], folder: Path = BENCH) -> None:
         writer = csv.DictWriter(file, lines[0], lineterminator="\n")
         writer.writeheader()
         writer.writerows(lines)
-    versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "triton"))
-    how = (
-        f"`python -m uncausal.bench.static`, {versions}. Every launch is a line of [static.csv](static.csv)."
-    )
+    how = f"`python -m uncausal.bench.static`, {_versions()}. A line of [static.csv](static.csv) is a launch."
     write_section("static report", f"{how}\n\n{_PROVES}\n\n{summary(lines)}", folder / "RESULTS.md")
+
+
+def _versions() -> str:
+    return ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "triton"))
+
+
+def part(option: str, arch: str) -> tuple[str, str]:
+    """Return the title and the table of a part of the report."""
+    from uncausal.bench.launches import host, products, trace
+
+    if option == "trace":
+        return "attention, its launches", trace.table(trace.trace(arch))
+    if option == "host":
+        return "attention, its host path", host.table(host.measure(arch))
+    return "attention, its products", products.table(products.count(arch))
 
 
 def main() -> None:
@@ -422,11 +285,19 @@ def main() -> None:
     parser.add_argument("--arch", nargs="+", choices=list(ladder.ARCHS), help="default: every shipped one")
     parser.add_argument("--kernel", nargs="+", choices=names)
     parser.add_argument("--write-budget", action="store_true", help="accept the figures of our own kernels")
-    parser.add_argument("--trace", action="store_true", help="only list what calls launch; compiles nothing")
+    parser.add_argument("--trace", action="store_true", help="the tiles that calls launch, and their use")
+    parser.add_argument("--host", action="store_true", help="what a call costs before its launches")
+    parser.add_argument("--products", action="store_true", help="the matrix products of a block of scores")
     options = parser.parse_args()
-    if options.trace:
+    parts = [name for name in ("trace", "host", "products") if getattr(options, name)]
+    for name in parts:
         for arch in options.arch or ("sm90",):
-            print(f"{arch}\n\n{trace(arch)}\n")
+            title, body = part(name, arch)
+            body = f"`python -m uncausal.bench.static --{name}`, {arch}, {_versions()}\n\n{body}"
+            print(f"{title}\n\n{body}\n")
+            if options.arch is None:
+                write_section(title, body, BENCH / "RESULTS.md")
+    if parts:
         return
     from uncausal.kernels.launch import ARCHS
 

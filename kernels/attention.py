@@ -15,12 +15,16 @@ from torch.nn.functional import pad
 from uncausal.kernels.attention_dropout import dropout_keep, dropout_threshold
 from uncausal.kernels.cpu import attention_cpu, attention_torch
 from uncausal.kernels.cpu.attention_torch import Options, plan_batch
-from uncausal.kernels.launch import on_device, resolve_backend
-from uncausal.kernels.packing import PackedLayout
+from uncausal.kernels.launch import autocast_dtype, on_device, resolve_backend, unobserved
+from uncausal.kernels.packing import PackedLayout, TileMaps
 
 # What the ops take beside q, k, v and the gradients: the batch, then the fields of Options and the backend.
-_BATCH = "Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? seed, Tensor[] maps"
-_OPTIONS = "float scale, int left, int right, float softcap, float dropout_p, bool shared, str backend"
+# A list of maps would cost autograd as much time as all else.
+_MAPS = len(TileMaps._fields)
+_BATCH = "Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? seed, " + ", ".join(
+    f"Tensor? {name}" for name in TileMaps._fields
+)
+_OPTIONS = "float scale, int left, int right, float softcap, float dropout_p, str backend"
 
 
 def _triton():
@@ -43,24 +47,24 @@ def _torch_arguments(q, k, cu_seqlens_q, cu_seqlens_k, seed, options: Options, d
     return plan, options._replace(seed=0 if seed is None else int(seed))
 
 
-@torch.library.custom_op(
-    "uncausal::flash_attn_varlen",
-    mutates_args=(),
-    schema=f"(Tensor q, Tensor k, Tensor v, {_BATCH}, {_OPTIONS}) -> (Tensor, Tensor)",
-)
-def _flash_attn_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, seed, maps, *rest):
-    *scores, shared, backend = rest
-    options = Options(*scores, seed=0, shared=shared)
+def _forward(q, k, v, cu_seqlens_q, cu_seqlens_k, seed, *rest):
+    """Return out (T, H, D) and lse (H, T); rest are the maps, then scores' options and the backend."""
+    maps, (*scores, backend) = TileMaps(*rest[:_MAPS]), rest[_MAPS:]
+    options = Options(*scores, seed=0)
     if backend == "triton":
-        attention_triton = _triton()
-        maps = attention_triton.TileMaps(*maps)
         with on_device(q):
-            return attention_triton.attention_forward(
-                q, k, v, cu_seqlens_q, cu_seqlens_k, seed, maps, options
-            )
+            return _triton().attention_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, seed, maps, options)
     arguments = _torch_arguments(q, k, cu_seqlens_q, cu_seqlens_k, seed, options, True)
     with torch.autocast(q.device.type, enabled=False):  # its products are fp32 whatever the model's are
         return attention_torch.attention_forward(q, k, v, *arguments)
+
+
+_flash_attn_varlen = torch.library.custom_op(
+    "uncausal::flash_attn_varlen",
+    _forward,
+    mutates_args=(),
+    schema=f"(Tensor q, Tensor k, Tensor v, {_BATCH}, {_OPTIONS}) -> (Tensor, Tensor)",
+)
 
 
 @_flash_attn_varlen.register_fake
@@ -70,20 +74,12 @@ def _(q, k, v, *rest):
     return out, q.new_empty(q.shape[1], q.shape[0], dtype=lse_dtype)
 
 
-@torch.library.custom_op(
-    "uncausal::flash_attn_varlen_backward",
-    mutates_args=(),
-    schema="(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    f"{_BATCH}, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
-)
-def _flash_attn_varlen_backward(dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, seed, maps, *rest):
-    *scores, shared, backend = rest
-    options = Options(*scores, seed=0, shared=shared)
+def _backward(dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, seed, *rest):
+    maps, (*scores, backend) = TileMaps(*rest[:_MAPS]), rest[_MAPS:]
+    options = Options(*scores, seed=0)
     if backend == "triton":
-        attention_triton = _triton()
-        maps = attention_triton.TileMaps(*maps)
         with on_device(q):
-            return attention_triton.attention_backward(
+            return _triton().attention_backward(
                 dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, seed, maps, options
             )
     arguments = _torch_arguments(q, k, cu_seqlens_q, cu_seqlens_k, seed, options, dlse is None)
@@ -91,30 +87,62 @@ def _flash_attn_varlen_backward(dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_
         return attention_torch.attention_backward(dout, dlse, q, k, v, out, lse, *arguments)
 
 
+_flash_attn_varlen_backward = torch.library.custom_op(
+    "uncausal::flash_attn_varlen_backward",
+    _backward,
+    mutates_args=(),
+    schema="(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    f"{_BATCH}, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+)
+
+
 @_flash_attn_varlen_backward.register_fake
 def _(dout, dlse, q, k, v, *rest):
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
 
 
-def _setup_context(ctx, inputs, output):
-    q, k, v, cu_seqlens_q, cu_seqlens_k, seed, maps, *rest = inputs
-    ctx.save_for_backward(q, k, v, *output, cu_seqlens_q, cu_seqlens_k, seed, *maps)
-    ctx.rest = rest
+def _save(ctx, inputs, output):
+    """Keep the first inputs, which are tensors, as such, and the rest as they are."""
+    tensors = 6 + _MAPS
+    ctx.save_for_backward(*inputs[:3], *output, *inputs[3:tensors])
+    ctx.rest = inputs[tensors:]
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, dout, dlse):
-    q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, seed, *maps = ctx.saved_tensors
+def _gradients(ctx, dout, dlse, backward=_flash_attn_varlen_backward):
+    """Gradients of q, k and v, and None for the op's other inputs."""
+    saved = ctx.saved_tensors
     grads = (None, None, None)
     if dout is not None or dlse is not None:
-        dout = torch.zeros_like(out) if dout is None else dout
-        grads = _flash_attn_varlen_backward(
-            dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, seed, maps, *ctx.rest
-        )
-    return *grads, None, None, None, [None] * len(maps), *(None,) * len(ctx.rest)
+        dout = torch.zeros_like(saved[3]) if dout is None else dout
+        grads = backward(dout, dlse, *saved, *ctx.rest)
+    return *grads, *(None,) * (len(saved) + len(ctx.rest) - 5)
 
 
-_flash_attn_varlen.register_autograd(_backward, setup_context=_setup_context)
+_flash_attn_varlen.register_autograd(_gradients, setup_context=_save)
+
+
+class _Direct(torch.autograd.Function):
+    """The op as autograd sees it, without torch's dispatcher, where the host spends most of a call."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, rest):
+        output = _forward(q, k, v, *rest)
+        _save(ctx, (q, k, v, *rest), output)
+        return output
+
+    @staticmethod
+    def backward(ctx, *grads):
+        # where a graph of backward is asked for, the op says that it has none
+        direct = not torch.is_grad_enabled() and unobserved(*(x for x in grads if x is not None))
+        backward = _backward if direct else _flash_attn_varlen_backward
+        return *_gradients(ctx, *grads, backward=backward)[:3], None
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, needs_grad: bool, *rest) -> tuple[Tensor, Tensor]:
+    if not unobserved(q, k, v):
+        return _flash_attn_varlen(q, k, v, *rest)
+    return _Direct.apply(q, k, v, rest) if needs_grad else _forward(q, k, v, *rest)  # pyright: ignore
 
 
 def flash_attn_varlen_func(
@@ -145,8 +173,10 @@ def flash_attn_varlen_func(
         q: (T, H, D) packed queries, fp16, bf16 or fp32 (fp64 on the torch backend); autocast casts q, k, v.
         k: (Tk, HK, D) packed keys; H is a multiple of HK.
         v: (Tk, HK, DV) packed values; a width other than D is padded.
-        cu_seqlens_q, cu_seqlens_k: (B + 1,) int32 offsets of the sequences, from 0 to T and Tk.
-        max_seqlen_q, max_seqlen_k: accepted for compatibility; nothing needs them.
+        cu_seqlens_q, cu_seqlens_k: (B + 1,) int32 offsets of the sequences, from 0 to T and Tk. On a GPU what
+            follows from them is kept while the tensor stays: where one is filled again without torch
+            (collectives, own kernels, `.data`), pass `layout=PackedLayout.from_cu_seqlens(...)`.
+        max_seqlen_q, max_seqlen_k: the greatest lengths, which choose tiles; nothing needs them.
         dropout_p: probability of dropping a score after softmax, rounded to a multiple of 2^-16.
         softmax_scale: D ** -0.5 when None.
         causal: the window (window_size[0], 0).
@@ -177,7 +207,7 @@ def flash_attn_varlen_func(
     """
     if block_table is not None:
         raise NotImplementedError("block_table is not supported")
-    q, k, v = (_autocast(x) for x in (q, k, v))
+    q, k, v = _autocast(q, k, v)
     _check_tensors(q, k, v, cu_seqlens_q, cu_seqlens_k)
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
@@ -199,17 +229,15 @@ def flash_attn_varlen_func(
         out = out[..., :width]
         return (out, lse, None) if return_attn_probs else out
     options = Options(scale, left, right, float(softcap), float(dropout_p), seed=0)
-    maps: list[Tensor] = []
+    maps = TileMaps()
+    needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     if backend == "triton":
         attention_triton = _triton()
         q, k, v = (attention_triton.addressable(x) for x in (q, k, v))
-        layouts = _layouts(layout, cu_seqlens_q, cu_seqlens_k, q, k)
-        options = options._replace(shared=any(attention_triton.may_share_tiles(x) for x in layouts))
-        backward = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-        maps = attention_triton.tile_maps(*layouts, q, k, options, backward).tensors()
-    out, lse = _flash_attn_varlen(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, seed, maps, *options[:5], options.shared, backend
-    )
+        layouts = _layouts(layout, (cu_seqlens_q, q, max_seqlen_q), (cu_seqlens_k, k, max_seqlen_k))
+        maps = attention_triton.tile_maps(*layouts, q, k, options, needs_grad)
+    batch = cu_seqlens_q, cu_seqlens_k, seed, *maps
+    out, lse = _attend(q, k, v, needs_grad, *batch, *options[:5], backend)
     out = out if width == out.shape[2] else out[..., :width]
     return (out, lse, None) if return_attn_probs else out
 
@@ -244,7 +272,7 @@ def flash_attn_func(
             f"q, k, v must be (B, L, H, D), got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
         )
     batch = q.shape[0]
-    layout_q, layout_k = (PackedLayout.from_shape(batch, x.shape[1], q.device) for x in (q, k))
+    layout_q, layout_k = (PackedLayout.recalled_shape(batch, x.shape[1], x) for x in (q, k))
     out, lse, _ = flash_attn_varlen_func(
         q.flatten(0, 1),
         k.flatten(0, 1),
@@ -269,12 +297,12 @@ def flash_attn_func(
     return (out, lse.unflatten(1, (batch, -1)).transpose(0, 1), None) if return_attn_probs else out
 
 
-def _autocast(x: Tensor) -> Tensor:
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Cast as autocast does for torch's own attention: rotary embeddings leave q and k in fp32, v is bf16."""
-    device = x.device.type
-    if x.dtype == torch.float64 or not x.is_floating_point() or not torch.is_autocast_enabled(device):
-        return x
-    return x.to(torch.get_autocast_dtype(device))
+    dtype = autocast_dtype(tensors[0].device.type)
+    if dtype is None:
+        return tensors
+    return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
 
 
 def _fits_a_tile(q: Tensor) -> bool:
@@ -304,15 +332,21 @@ def _attention_with_alibi(
     return out.to(q.dtype), lse
 
 
-def _layouts(layout, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, q: Tensor, k: Tensor):
+def _layouts(layout, queries: tuple, keys: tuple) -> tuple[PackedLayout, PackedLayout]:
+    """The layouts of queries and keys; of either side the offsets, a tensor that tells T, and max_seqlen."""
     if isinstance(layout, PackedLayout):
         return layout, layout
     if layout is not None:
         return layout
-    layout_q = PackedLayout.from_cu_seqlens(cu_seqlens_q, q.shape[0])
-    if cu_seqlens_k is cu_seqlens_q:
-        return layout_q, layout_q
-    return layout_q, PackedLayout.from_cu_seqlens(cu_seqlens_k, k.shape[0])
+
+    def recalled(cu_seqlens: Tensor, tokens: Tensor, longest: object) -> PackedLayout:
+        # some callers keep the maximum in a tensor, which would have to be waited for
+        longest = longest if isinstance(longest, int) else None
+        return PackedLayout.recalled(cu_seqlens, tokens.shape[0], longest)
+
+    layout_q = recalled(*queries)
+    same = keys[0] is queries[0] and keys[1].shape[0] == queries[1].shape[0] and keys[2] is queries[2]
+    return layout_q, layout_q if same else recalled(*keys)
 
 
 def _dropout_seed(dropout_p: float, seed: Tensor | int | None, device: torch.device) -> Tensor | None:
@@ -341,15 +375,15 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seq
     if not (q.dtype == k.dtype == v.dtype) or not q.is_floating_point():
         raise ValueError(f"q, k, v must share a floating point dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
     for name, cu in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
-        if cu.dim() != 1 or cu.dtype != torch.int32 or len(cu) == 0:
+        if cu.dim() != 1 or cu.dtype != torch.int32 or cu.shape[0] == 0:
             raise ValueError(f"{name} must be (B + 1,) int32, got {tuple(cu.shape)} {cu.dtype}")
-    if len(cu_seqlens_q) != len(cu_seqlens_k):
+    if cu_seqlens_q.shape != cu_seqlens_k.shape:
         raise ValueError(
             f"cu_seqlens of queries and keys differ in length: {len(cu_seqlens_q)} and {len(cu_seqlens_k)}"
         )
-    devices = {x.device for x in (q, k, v, cu_seqlens_q, cu_seqlens_k)}
-    if len(devices) > 1:
-        raise ValueError(f"all tensors must be on one device, got {sorted(map(str, devices))}")
+    if not (q.device == k.device == v.device == cu_seqlens_q.device == cu_seqlens_k.device):
+        devices = {str(x.device) for x in (q, k, v, cu_seqlens_q, cu_seqlens_k)}
+        raise ValueError(f"all tensors must be on one device, got {sorted(devices)}")
 
 
 def flash_attn_varlen_ref(

@@ -67,15 +67,17 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
     return None
 
 
+_MODES = torch._C._TorchDispatchModeKey
+
+
 def traced() -> bool:
     """Tell whether operations go into a graph, or are those of a transform, and tensors stand for others."""
-    keys = torch._C._TorchDispatchModeKey
-    return (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or torch._C._are_functorch_transforms_active()
-        or any(torch._C._get_dispatch_mode(key) is not None for key in (keys.FAKE, keys.PROXY))
-    )
+    if torch.compiler.is_compiling() or torch._C._is_tracing() or torch._C._are_functorch_transforms_active():
+        return True
+    if not is_in_torch_dispatch_mode():
+        return False
+    mode = torch._C._get_dispatch_mode
+    return mode(_MODES.FAKE) is not None or mode(_MODES.PROXY) is not None
 
 
 def unobserved(*tensors: Tensor) -> bool:

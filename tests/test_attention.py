@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from uncausal.bench import ladder
+from uncausal.kernels import packing
 from uncausal.kernels.attention import (
     _flash_attn_varlen,
     _flash_attn_varlen_backward,
@@ -20,7 +21,7 @@ from uncausal.kernels.attention_dropout import dropout_threshold, philox_keep
 from uncausal.kernels.cpu import attention_cpu
 from uncausal.kernels.gpu import attention_triton
 from uncausal.kernels.launch import ARCHS, OWN_TILE_TOKENS, attention_config
-from uncausal.kernels.packing import PackedLayout
+from uncausal.kernels.packing import PackedLayout, TileMaps
 
 SEED = 0x123456789ABCDE
 
@@ -365,8 +366,8 @@ def test_opcheck():
     q, k, v, cu_q, cu_k = make(([3, 0, 5], [4, 2, 1]), 4, 2, 8, torch.float32)
     seed = torch.tensor([SEED])
     for options in (
-        (None, [], 0.3, -1, -1, 0.0, 0.0, False, "torch"),
-        (seed, [], 0.3, 2, -1, 1.0, 0.2, False, "torch"),
+        (None, *TileMaps(), 0.3, -1, -1, 0.0, 0.0, "torch"),
+        (seed, *TileMaps(), 0.3, 2, -1, 1.0, 0.2, "torch"),
     ):
         torch.library.opcheck(_flash_attn_varlen, (q, k, v, cu_q, cu_k, *options))
         out, lse = _flash_attn_varlen(q, k, v, cu_q, cu_k, *options)
@@ -420,15 +421,61 @@ def test_kernels_interpreted_with_tensor_descriptors(mode, monkeypatch):
     )
 
 
+# long sequences have tiles of their own, short ones before, between and behind them share tiles
+MIXED = [7, OWN_TILE_TOKENS + 20, 0, 40, 1, 90, OWN_TILE_TOKENS, 12]
+
+
 @pytest.mark.interpret
 @pytest.mark.usefixtures("poison")
-@pytest.mark.parametrize(("dim", "arch"), [(64, "sm80"), (64, "sm90"), (128, "sm90"), (256, "sm80")])
-def test_kernels_interpreted_with_large_tiles(dim, arch, monkeypatch):
+@pytest.mark.parametrize("mode", ["plain", "all"])
+@pytest.mark.parametrize("known", [False, True], ids=["offsets", "lengths"])
+def test_kernels_interpreted_with_two_launches(known, mode):
+    """Regression: one short sequence gave every long one the small tiles, and so did unknown lengths."""
+    tensors = make((MIXED, MIXED), 2, 1, 16, torch.float16)
+    layout = PackedLayout.from_lengths(MIXED) if known else None
+    check(tensors, MODES[mode], backend="triton", layout=layout)
+
+
+@pytest.mark.interpret
+@pytest.mark.usefixtures("poison")
+def test_a_layout_serves_calls_of_other_kinds():
+    """Maps of forward alone, of backward, and of dropout, whose draws align tiles, are others."""
+    lengths = [5, 20, 90, 3]
+    tensors, layout = make((lengths, lengths), 2, 1, 16, torch.float16), PackedLayout.from_lengths(lengths)
+    with torch.no_grad():
+        flash_attn_varlen_func(*tensors, layout=layout, backend="triton")
+    for mode in ("plain", "dropout", "plain"):
+        check(tensors, MODES[mode], backend="triton", layout=layout)
+
+
+@pytest.mark.interpret
+@pytest.mark.usefixtures("poison")
+def test_kernels_interpreted_with_a_maximal_length_that_is_too_small():
+    """It chooses tiles alone: no token may be left out for it."""
+    lengths = [5, OWN_TILE_TOKENS + 3, 20]
+    tensors = make((lengths, lengths), 2, 1, 16, torch.float16)
+    check(tensors, {}, backend="triton", max_seqlen_q=20, max_seqlen_k=20)
+
+
+@pytest.mark.interpret
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize(
+    ("dim", "arch", "mode"),
+    [
+        (64, "sm80", "plain"),
+        (64, "sm90", "plain"),
+        (128, "sm90", "plain"),
+        (256, "sm80", "plain"),
+        (64, "sm90", "window"),
+        (32, "sm80", "softcap"),
+    ],
+)
+def test_kernels_interpreted_with_large_tiles(dim, arch, mode, monkeypatch):
     """A layout whose sequences are all long: tiles of their own, by pointers and by descriptors."""
     monkeypatch.setattr(attention_triton, "architecture", lambda device: arch)
     lengths = [OWN_TILE_TOKENS + 1, OWN_TILE_TOKENS + 20]
     tensors = make((lengths, lengths), 2, 1, dim, torch.float16)
-    check(tensors, {}, backend="triton", layout=PackedLayout.from_lengths(lengths))
+    check(tensors, MODES[mode], backend="triton", layout=PackedLayout.from_lengths(lengths))
 
 
 @pytest.mark.interpret
@@ -469,9 +516,16 @@ def test_kernels_do_not_depend_on_the_order_of_programs(mode, monkeypatch):
     call = dict(return_attn_probs=True, backend="triton", **MODES[mode])
     tensors = make(LENGTHS["cross"], 3, 1, 16, torch.float16)
     first = gradients(flash_attn_varlen_func, *tensors, **call)
-    tiles = PackedLayout.tiles
-    monkeypatch.setattr(PackedLayout, "tiles", lambda self, *args: tiles(self, *args).flip(0))
+    monkeypatch.setattr(packing, "_recent", {})  # or the second run would find the maps of the first
+    tiles, turned = PackedLayout._tiles, []
+
+    def other_way_round(self, *args, **kwargs):
+        turned.append(tiles(self, *args, **kwargs))
+        return turned[-1].flip(0)
+
+    monkeypatch.setattr(PackedLayout, "_tiles", other_way_round)
     second = gradients(flash_attn_varlen_func, *tensors, **call)
+    assert any(len(one) > 1 for one in turned)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 

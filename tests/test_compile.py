@@ -46,6 +46,10 @@ def contrast_both_ways(query, key):
     return info_nce(query, key, symmetric=True)
 
 
+def contrast_densely(query, key):
+    return info_nce(query, key, symmetric=True, backend="dense")
+
+
 def contrast_inputs(batch):
     return [torch.randn(batch, 8, requires_grad=True) for _ in range(2)]
 
@@ -72,6 +76,7 @@ CASES = {
     "dense": (attend_dense, dense_inputs),
     "info_nce": (contrast, contrast_inputs),
     "info_nce-symmetric": (contrast_both_ways, contrast_inputs),
+    "info_nce-dense": (contrast_densely, contrast_inputs),
 }
 
 
@@ -90,10 +95,26 @@ def test_one_compilation_of_latent_pooling(frozen):
     assert graphs(lambda x, cu: layer(x, cu), pooling_inputs) == 1
 
 
-@pytest.mark.parametrize("case", CASES)
+def contrast_by_kernels(query, key):
+    return info_nce(query, key, backend="triton")
+
+
+def contrast_both_ways_by_kernels(query, key):
+    return info_nce(query, key, symmetric=True, backend="triton")
+
+
+LAUNCHED = {
+    "varlen": (attend, attention_inputs),
+    "dense": (attend_dense, dense_inputs),
+    "info_nce": (contrast_by_kernels, contrast_inputs),
+    "info_nce-symmetric": (contrast_both_ways_by_kernels, contrast_inputs),
+}
+
+
+@pytest.mark.parametrize("case", LAUNCHED)
 def test_one_compilation_of_the_kernels_host_path(case):
     """The maps of the kernels are built inside the graph; launches are recorded, results not looked at."""
-    function, make = CASES[case]
+    function, make = LAUNCHED[case]
     with static.recorded_launches("sm80") as launches:
         assert graphs(function, make, compare=False) == 1
     assert launches

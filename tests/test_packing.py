@@ -1,10 +1,14 @@
 """Packed layouts: the way there and back, and tile maps that cover every row once."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from uncausal.kernels import packing
 from uncausal.kernels.packing import PackedLayout, pack, unpack
 
 
@@ -67,6 +71,102 @@ def test_tiles_cover_every_row_once(lengths, block, group, align):
         sizes.append(lengths[members[0]] * group if len(members) == 1 else 0)
     long = [n for n in sizes if n >= block]
     assert long == sorted(long, reverse=True)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(st.one_of(st.integers(0, 5), st.integers(0, 150)), min_size=1, max_size=20),
+    st.sampled_from([(64, 16), (64, 64), (32, 64)]),
+    st.sampled_from([1, 3]),
+    st.sampled_from([1, 8]),
+)
+def test_split_tiles_cover_every_row_once(lengths, blocks, group, align):
+    """Sequences from 64 tokens on have large tiles of their own, what they leave small ones."""
+    large, small = blocks
+    known = PackedLayout.from_lengths(lengths)
+    unknown = PackedLayout.from_cu_seqlens(known.cu_seqlens, known.total)
+    parts = known.split_tiles(64, large, small, group, align)
+    assert [x is not None for x in parts] == [max(lengths) >= 64, any(0 < n < 64 for n in lengths)]
+    bounded = unknown.split_tiles(64, large, small, group, align)
+    if None not in parts:
+        assert all(torch.equal(x[x[:, 1] > x[:, 0]], y) for x, y in zip(bounded, parts, strict=True))
+    for found in (parts, bounded):
+        tiles = [part[part[:, 1] > part[:, 0]] for part in found if part is not None]
+        rows = torch.cat([torch.arange(a, b) for part in tiles for a, b in part.tolist()] or [torch.zeros(0)])
+        assert sorted(rows.tolist()) == list(range(known.total * group))
+    sequence = known.sequence_of_token()
+    for part, block in zip(parts, blocks, strict=True):
+        for a, b in [] if part is None else part.tolist():
+            members = sequence[a // group : (b - 1) // group + 1].unique().tolist()
+            long = any(lengths[i] >= 64 for i in members)
+            assert b - a // align * align <= block and (len(members) == 1 or not long)
+            if part is parts[0]:  # a small tile would not have held it
+                assert long and (None in parts or small >= large or b - a // align * align > small)
+
+
+def test_a_layout_is_found_again_while_its_offsets_stay():
+    offsets = torch.tensor([0, 4, 9], dtype=torch.int32)
+    layout = PackedLayout.recalled(offsets, 9)
+    assert PackedLayout.recalled(offsets, 9) is layout
+    assert layout.tiles(16).tolist() == [[0, 9]]
+    offsets.copy_(torch.tensor([0, 9, 9]))  # a buffer that is filled again
+    again = PackedLayout.recalled(offsets, 9)
+    assert again is not layout and again.sequence_of_token().tolist() == [0] * 9
+    assert PackedLayout.recalled(offsets.clone(), 9) is not again
+    with torch.inference_mode():
+        counted = torch.tensor([0, 9], dtype=torch.int32)  # such tensors count no versions
+    assert PackedLayout.recalled(counted, 9) is not PackedLayout.recalled(counted, 9)
+    like = torch.ones(1)
+    dense = PackedLayout.recalled_shape(2, 5, like)
+    assert PackedLayout.recalled_shape(2, 5, like) is dense
+    assert PackedLayout.recalled_shape(2, 6, like).total == 12
+    with FakeTensorMode() as mode:  # neither may find the other's maps
+        fake = PackedLayout.recalled_shape(2, 5, mode.from_tensor(like)).cu_seqlens
+    assert isinstance(fake, FakeTensor) and PackedLayout.recalled_shape(2, 5, like) is dense
+    assert PackedLayout.recalled(again.cu_seqlens, 9, 4) is not again  # of other tiles
+    offsets.data = torch.tensor([0, 3, 9], dtype=torch.int32)
+    assert PackedLayout.recalled(offsets, 9) is not again
+
+
+def test_few_layouts_are_kept_and_none_of_a_graph_or_another_stream(monkeypatch):
+    monkeypatch.setattr(packing, "_recent", {})
+    device = torch.device("cuda")
+    stream = SimpleNamespace(cuda_stream=1)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: stream.cuda_stream == 0)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+
+    def recalled(length: int) -> PackedLayout:
+        return packing._recalled((length,), device, lambda: PackedLayout.from_lengths([length]))
+
+    first = recalled(1)
+    assert recalled(1) is first
+    stream.cuda_stream = 2
+    other = recalled(1)
+    assert other is not first and recalled(1) is other
+    stream.cuda_stream = 0  # capturing
+    assert recalled(1) is not recalled(1)
+    stream.cuda_stream = 1
+    for length in range(2, 40):
+        recalled(length)
+    assert len(packing._recent) == 16 and recalled(1) is not first
+
+
+def test_a_transform_does_not_leave_its_tensors_behind(monkeypatch):
+    """Regression: functionalize left a wrapper as offsets, which failed every later call of the shape."""
+    monkeypatch.setattr(packing, "_recent", {})
+    torch.func.functionalize(lambda x: x + PackedLayout.recalled_shape(2, 5, x).cu_seqlens.sum())(
+        torch.ones(1)
+    )
+    assert not packing._recent
+
+
+def test_maps_made_in_inference_mode_serve_training():
+    layout = PackedLayout.from_lengths([4, 5])
+    with torch.inference_mode():
+        dense = PackedLayout.recalled_shape(3, 7, torch.ones(1))
+        made = [layout.sequence_of_token(), layout.tiles(16), dense.cu_seqlens]
+    assert not any(x.is_inference() for x in made)
 
 
 @pytest.mark.parametrize("length", [1, 37, 64, 100, 128])

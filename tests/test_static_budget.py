@@ -70,13 +70,6 @@ def test_recorded_launches_keep_types_constants_and_alignment():
     assert "x_ptr" in launch.divisible and dict(launch.options)["num_warps"] in (4, 8)
 
 
-def test_trace_lists_the_tiles_of_a_call(monkeypatch):
-    monkeypatch.setattr(static, "TRACED", {"dense": lambda: static._dense(1, 512, (64,))})
-    _, _, *lines = static.trace("sm90").splitlines()
-    assert lines[0] == "| dense | attn_fwd_kernel | 64 | 128 x 128 | 8, 2 | no |"
-    assert [line.split(" | ")[1] for line in lines[1:]] == ["attn_bwd_dq_kernel", "attn_bwd_dkv_kernel"]
-
-
 def _sass(*lines: str) -> str:
     out, address = [], 0
     for line in lines:

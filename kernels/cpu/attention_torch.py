@@ -34,7 +34,6 @@ class Options(NamedTuple):
     softcap: float
     dropout_p: float
     seed: int
-    shared: bool = False  # whether several sequences may share a tile of the kernels
 
     @property
     def plain(self) -> bool:

@@ -13,7 +13,8 @@ Layout legend: T packed tokens, H query heads, HK key heads, G = H / HK, D head 
 # (inside a kernel, and in a launch, values are not what their annotations say)
 
 import math
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 import triton
@@ -29,7 +30,7 @@ from uncausal.kernels.launch import (
     attention_config,
     precision,
 )
-from uncausal.kernels.packing import PackedLayout
+from uncausal.kernels.packing import PackedLayout, TileMaps
 
 _LOG2E = math.log2(math.e)
 _MAX_TOKENS = 1 << 30  # token indices and windows are 32-bit, addresses 64-bit
@@ -51,31 +52,31 @@ def _visible(token, seq, cu_ptr, cu_other_ptr, left, right, WINDOW: tl.constexpr
 @triton.jit
 def _span(
     first, last, seq_ptr, cu_ptr, cu_other_ptr, left, right,
-    G: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr, WINDOW: tl.constexpr,
+    G: tl.constexpr, BLOCK: tl.constexpr, EDGE_BLOCK: tl.constexpr, ALIGN: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     """Cut what the tokens [first, last] see, G rows for a token, into blocks: head, full ones, tail.
 
-    Every token sees all of a full block.
+    Every token sees all of a full block. Those of head and tail are smaller, to compute less in excess.
     """
     lo, full_hi = _visible(first, tl.load(seq_ptr + first), cu_ptr, cu_other_ptr, left, right, WINDOW)
     full_lo, hi = _visible(last, tl.load(seq_ptr + last), cu_ptr, cu_other_ptr, left, right, WINDOW)
     start, end = lo * G, hi * G
     begin = start // ALIGN * ALIGN
-    num_head = tl.cdiv(tl.maximum(full_lo * G - begin, 0), BLOCK)
-    full = begin + num_head * BLOCK
+    num_head = tl.cdiv(tl.maximum(full_lo * G - begin, 0), EDGE_BLOCK)
+    full = begin + num_head * EDGE_BLOCK
     num_full = tl.maximum(full_hi * G - full, 0) // BLOCK
-    num_tail = tl.cdiv(tl.maximum(end - full - num_full * BLOCK, 0), BLOCK)
+    num_tail = tl.cdiv(tl.maximum(end - full - num_full * BLOCK, 0), EDGE_BLOCK)
     return start, end, begin, num_head, num_full, num_tail
 
 
 @triton.jit
-def _block(i, begin, num_head, num_full, BLOCK: tl.constexpr, EDGE: tl.constexpr):
+def _block(i, begin, num_head, num_full, BLOCK: tl.constexpr, EDGE_BLOCK: tl.constexpr, EDGE: tl.constexpr):
     """First row of the i-th full block, or of the i-th one at an edge."""
     if EDGE:
-        i += tl.where(i < num_head, 0, num_full)
+        i += tl.where(i < num_head, 0, num_full * (BLOCK // EDGE_BLOCK))
     else:
-        i += num_head
-    return begin + i * BLOCK
+        i = i * (BLOCK // EDGE_BLOCK) + num_head
+    return begin + i * EDGE_BLOCK
 
 
 @triton.jit
@@ -170,6 +171,7 @@ def _attn_fwd_kernel(
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh, stride_lh,
     scale, cap, left, right, threshold, keep_scale,
     G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    EDGE_BLOCK: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, SHARED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -179,7 +181,7 @@ def _attn_fwd_kernel(
         return
     start, end, begin, num_head, num_full, num_tail = _span(
         first // G, last // G, seq_ptr, cu_q_ptr, cu_k_ptr, left, right,
-        1, BLOCK_N, 32 if DROPOUT else 1, WINDOW,
+        1, BLOCK_N, EDGE_BLOCK, 32 if DROPOUT else 1, WINDOW,
     )  # fmt: skip
     offs_m = tl.minimum(first + tl.arange(0, BLOCK_M), last)  # a row in excess repeats the last one
     offs_d, pid_h = tl.arange(0, BLOCK_D), tl.program_id(1).to(tl.int64)
@@ -198,15 +200,18 @@ def _attn_fwd_kernel(
                 offs_m // G, tl.load(seq_ptr + offs_m // G), cu_q_ptr, cu_k_ptr, left, right, WINDOW
             )
         for i in range(num_head + num_tail if EDGE else num_full):
-            key = _block(i, begin, num_head, num_full, BLOCK_N, EDGE)
-            k = _load_keys(k_ptr, k_desc, stride_kt, key, start, end, D, BLOCK_D, BLOCK_N, EDGE)
-            s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+            key = _block(i, begin, num_head, num_full, BLOCK_N, EDGE_BLOCK, EDGE)
+            desc = None if EDGE and EDGE_BLOCK != BLOCK_N else k_desc
+            k = _load_keys(
+                k_ptr, desc, stride_kt, key, start, end, D, BLOCK_D, EDGE_BLOCK if EDGE else BLOCK_N, EDGE
+            )
+            s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N or EDGE_BLOCK]
             unit = scale
             if SOFTCAP:
                 s, _ = _softcap(s, scale, cap)
                 unit = 1.0
             if EDGE:
-                offs_n = key + tl.arange(0, BLOCK_N)[None, :]
+                offs_n = key + tl.arange(0, EDGE_BLOCK)[None, :]
                 s = tl.where((offs_n >= lo[:, None]) & (offs_n < hi[:, None]), s, float("-inf"))
             new_top = tl.maximum(top, tl.max(s, 1) * unit)
             base = tl.where(new_top == float("-inf"), 0.0, new_top) if EDGE else new_top
@@ -215,10 +220,13 @@ def _attn_fwd_kernel(
             top = new_top
             total = total * alpha + tl.sum(p, 1)
             if DROPOUT:
-                p = tl.where(_keep(seed_ptr, offs_m, key, threshold, G, BLOCK_M, BLOCK_N), p, 0.0)
+                keep = _keep(seed_ptr, offs_m, key, threshold, G, BLOCK_M, EDGE_BLOCK if EDGE else BLOCK_N)
+                p = tl.where(keep, p, 0.0)
             # a neighbour's keys are masked as scores, its values could bring NaN: descriptors have no mask
             desc = None if EDGE else v_desc
-            v = _load_keys(v_ptr, desc, stride_vt, key, start, end, D, BLOCK_D, BLOCK_N, EDGE)
+            v = _load_keys(
+                v_ptr, desc, stride_vt, key, start, end, D, BLOCK_D, EDGE_BLOCK if EDGE else BLOCK_N, EDGE
+            )
             if EDGE and SHARED:
                 v, bad = _finite(v)
                 p = tl.where((p > 0) & bad[None, :], float("nan"), p)
@@ -286,6 +294,7 @@ def _attn_bwd_dq_kernel(
     stride_gt, stride_gh, stride_lh,
     softmax_scale, scale, cap, left, right, threshold, keep_scale,
     G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    EDGE_BLOCK: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, SHARED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -295,7 +304,7 @@ def _attn_bwd_dq_kernel(
         return
     start, end, begin, num_head, num_full, num_tail = _span(
         first // G, last // G, seq_ptr, cu_q_ptr, cu_k_ptr, left, right,
-        1, BLOCK_N, 32 if DROPOUT else 1, WINDOW,
+        1, BLOCK_N, EDGE_BLOCK, 32 if DROPOUT else 1, WINDOW,
     )  # fmt: skip
     offs_m = tl.minimum(first + tl.arange(0, BLOCK_M), last)
     offs_d, pid_h = tl.arange(0, BLOCK_D), tl.program_id(1).to(tl.int64)
@@ -315,18 +324,23 @@ def _attn_bwd_dq_kernel(
                 offs_m // G, tl.load(seq_ptr + offs_m // G), cu_q_ptr, cu_k_ptr, left, right, WINDOW
             )
         for i in range(num_head + num_tail if EDGE else num_full):
-            key = _block(i, begin, num_head, num_full, BLOCK_N, EDGE)
+            key = _block(i, begin, num_head, num_full, BLOCK_N, EDGE_BLOCK, EDGE)
             desc = None if EDGE else k_desc  # as for values in forward
-            k = _load_keys(k_ptr, desc, stride_kt, key, start, end, D, BLOCK_D, BLOCK_N, EDGE)
-            v = _load_keys(v_ptr, v_desc, stride_vt, key, start, end, D, BLOCK_D, BLOCK_N, EDGE)
-            s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+            k = _load_keys(
+                k_ptr, desc, stride_kt, key, start, end, D, BLOCK_D, EDGE_BLOCK if EDGE else BLOCK_N, EDGE
+            )
+            desc = None if EDGE and EDGE_BLOCK != BLOCK_N else v_desc
+            v = _load_keys(
+                v_ptr, desc, stride_vt, key, start, end, D, BLOCK_D, EDGE_BLOCK if EDGE else BLOCK_N, EDGE
+            )
+            s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N or EDGE_BLOCK]
             dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
             mask, keep = s, s
             if EDGE:
-                offs_n = key + tl.arange(0, BLOCK_N)[None, :]
+                offs_n = key + tl.arange(0, EDGE_BLOCK)[None, :]
                 mask = (offs_n >= lo[:, None]) & (offs_n < hi[:, None])
             if DROPOUT:
-                keep = _keep(seed_ptr, offs_m, key, threshold, G, BLOCK_M, BLOCK_N)
+                keep = _keep(seed_ptr, offs_m, key, threshold, G, BLOCK_M, EDGE_BLOCK if EDGE else BLOCK_N)
             _, ds = _bwd_scores(
                 s, dp, lse2[:, None], delta[:, None], keep, mask, scale, cap, keep_scale,
                 SOFTCAP, DROPOUT, EDGE,
@@ -348,6 +362,7 @@ def _attn_bwd_dkv_kernel(
     stride_gt, stride_gh, stride_lh,
     softmax_scale, scale, cap, left, right, threshold, keep_scale,
     G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    EDGE_BLOCK: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, SHARED: tl.constexpr,
     PRECISION: tl.constexpr,
     DK: tl.constexpr, DV: tl.constexpr,
@@ -358,7 +373,7 @@ def _attn_bwd_dkv_kernel(
         return
     # seen from a key, the window opens the other way
     start, end, begin, num_head, num_full, num_tail = _span(
-        first, last, seq_ptr, cu_k_ptr, cu_q_ptr, right, left, G, BLOCK_M, 1, WINDOW
+        first, last, seq_ptr, cu_k_ptr, cu_q_ptr, right, left, G, BLOCK_M, EDGE_BLOCK, 1, WINDOW
     )
     base = first // 32 * 32 if DROPOUT else first
     offs_n, offs_d = base + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
@@ -375,7 +390,8 @@ def _attn_bwd_dkv_kernel(
             lo, hi = _visible(token, tl.load(seq_ptr + token), cu_k_ptr, cu_q_ptr, right, left, WINDOW)
             lo, hi = lo * G, hi * G
         for i in range(num_head + num_tail if EDGE else num_full):
-            offs_m = _block(i, begin, num_head, num_full, BLOCK_M, EDGE) + tl.arange(0, BLOCK_M)
+            offs_m = _block(i, begin, num_head, num_full, BLOCK_M, EDGE_BLOCK, EDGE)
+            offs_m += tl.arange(0, EDGE_BLOCK if EDGE else BLOCK_M)
             mask_m = offs_m < end
             q_ptrs = q_ptr + _offsets(offs_m, stride_qt, stride_qh, G)[:, None] + offs_d[None, :]
             dout_ptrs = dout_ptr + _offsets(offs_m, stride_dt, stride_dh, G)[:, None] + offs_d[None, :]
@@ -386,13 +402,14 @@ def _attn_bwd_dkv_kernel(
                 delta = tl.load(delta_ptr + offs, mask=mask_m, other=0.0)
             else:
                 lse2, delta = tl.load(lse2_ptr + offs), tl.load(delta_ptr + offs)
-            s = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
+            s = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M or EDGE_BLOCK]
             dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
             mask, keep = s, s
             if EDGE:
                 mask = (offs_m[None, :] >= lo[:, None]) & (offs_m[None, :] < hi[:, None])
             if DROPOUT:
-                keep = tl.trans(_keep(seed_ptr, offs_m, base, threshold, G, BLOCK_M, BLOCK_N))
+                keep = _keep(seed_ptr, offs_m, base, threshold, G, EDGE_BLOCK if EDGE else BLOCK_M, BLOCK_N)
+                keep = tl.trans(keep)
             p, ds = _bwd_scores(
                 s, dp, lse2[None, :], delta[None, :], keep, mask, scale, cap, keep_scale,
                 SOFTCAP, DROPOUT, EDGE,
@@ -414,53 +431,48 @@ def _attn_bwd_dkv_kernel(
         tl.store(dv_ptr + offs_g, dv.to(dv_ptr.dtype.element_ty), mask=mask)
 
 
-class TileMaps(NamedTuple):
-    """What the programs of a batch's launches work on; `PackedLayout` makes each map."""
-
-    sequences_q: Tensor  # (T,) int32, the sequence of every query token
-    tiles_fwd: Tensor  # (N, 2) int32, rows of queries
-    tiles_dq: Tensor | None = None  # (N, 2), rows of queries; backward alone needs it, and what follows
-    sequences_k: Tensor | None = None  # (Tk,) int32, the sequence of every key token
-    tiles_dkv: Tensor | None = None  # (N, 2), key tokens
-
-    def tensors(self) -> list[Tensor]:
-        """The maps in this order, as the op takes them."""
-        return [x for x in self if x is not None]
-
-
-def _config(kernel: str, q: Tensor, options: Options) -> dict[str, Any]:
-    plain = not options.shared and options.plain
-    return attention_config(kernel, q.shape[2], q.element_size(), architecture(q.device), plain)
-
-
 def addressable(x: Tensor) -> Tensor:
     """Return x, or a copy where kernels can't address it: they step within a block in 32 bits."""
     return x if x.stride(-1) == 1 and x.stride(0) < 1 << 24 else x.contiguous()
-
-
-def may_share_tiles(layout: PackedLayout) -> bool:
-    """Tell whether several sequences of a layout may share a tile, the case where lengths are unknown."""
-    if layout.equal_lengths and layout.max_seqlen is not None:
-        return layout.max_seqlen < OWN_TILE_TOKENS
-    return layout.lengths is None or any(n < OWN_TILE_TOKENS for n in layout.lengths)
 
 
 def tile_maps(
     layout_q: PackedLayout, layout_k: PackedLayout, q: Tensor, k: Tensor, options: Options, backward: bool
 ) -> TileMaps:
     """Return the maps that forward walks, and with `backward` those of the gradients."""
+    if layout_k is not layout_q:
+        return _tile_maps(layout_q, layout_k, q, k, options, backward)
+    facts = architecture(q.device), q.dtype, q.shape[1:], k.shape[1], options.dropout_p > 0, backward
+    return layout_q.kept(facts, lambda: _tile_maps(layout_q, layout_k, q, k, options, backward))
+
+
+def _tile_maps(
+    layout_q: PackedLayout, layout_k: PackedLayout, q: Tensor, k: Tensor, options: Options, backward: bool
+) -> TileMaps:
     group = q.shape[1] // k.shape[1]
-    maps = TileMaps(
-        layout_q.sequence_of_token(), layout_q.tiles(_config("fwd", q, options)["BLOCK_M"], group)
-    )
+    long, short = (_config("fwd", q, options, shared)["BLOCK_M"] for shared in (False, True))
+    fwd = layout_q.split_tiles(OWN_TILE_TOKENS, long, short, group)
     if not backward:
-        return maps
+        return TileMaps(layout_q.sequence_of_token(), *fwd)
+    long, short = (_config("dq", q, options, shared)["BLOCK_M"] for shared in (False, True))
+    dq = layout_q.split_tiles(OWN_TILE_TOKENS, long, short, group)
     align = 32 if options.dropout_p > 0 else 1  # one draw of dropout serves keys from a multiple of 32 on
-    return maps._replace(
-        tiles_dq=layout_q.tiles(_config("dq", q, options)["BLOCK_M"], group),
-        sequences_k=layout_k.sequence_of_token(),
-        tiles_dkv=layout_k.tiles(_config("dkv", q, options)["BLOCK_N"], 1, align),
-    )
+    long, short = (_config("dkv", q, options, shared)["BLOCK_N"] for shared in (False, True))
+    dkv = layout_k.split_tiles(OWN_TILE_TOKENS, long, short, 1, align)
+    return TileMaps(layout_q.sequence_of_token(), *fwd, *dq, layout_k.sequence_of_token(), *dkv)
+
+
+def _config(kernel: str, q: Tensor, options: Options, shared: bool) -> dict[str, Any]:
+    # dropout's mask leaves backward no registers for large tiles
+    large = not shared and (kernel == "fwd" or options.dropout_p == 0)
+    return attention_config(kernel, q.shape[2], q.element_size(), architecture(q.device), large)
+
+
+def _launches(long: Tensor | None, short: Tensor | None) -> Iterator[tuple[Tensor, bool]]:
+    """Yield the tiles of each launch, and whether sequences share them."""
+    for tiles, shared in ((long, False), (short, True)):
+        if tiles is not None and tiles.shape[0]:
+            yield tiles, shared
 
 
 def _arguments(q, k, v, cu_seqlens_q, cu_seqlens_k, seed, options: Options) -> dict[str, Any]:
@@ -470,18 +482,21 @@ def _arguments(q, k, v, cu_seqlens_q, cu_seqlens_k, seed, options: Options) -> d
         scale *= 2 / options.softcap
     threshold = dropout_threshold(options.dropout_p)
     fast = architecture(q.device) in ATTENTION_TF32
+    (stride_qt, stride_qh, _), (stride_kt, stride_kh, _), (stride_vt, stride_vh, _) = (
+        x.stride() for x in (q, k, v)
+    )
     return dict(
         q_ptr=q, k_ptr=k, v_ptr=v, cu_q_ptr=cu_seqlens_q, cu_k_ptr=cu_seqlens_k,
         seed_ptr=cu_seqlens_q if seed is None else seed,
-        stride_qt=q.stride(0), stride_qh=q.stride(1), stride_kt=k.stride(0), stride_kh=k.stride(1),
-        stride_vt=v.stride(0), stride_vh=v.stride(1), stride_lh=q.shape[0],
+        stride_qt=stride_qt, stride_qh=stride_qh, stride_kt=stride_kt, stride_kh=stride_kh,
+        stride_vt=stride_vt, stride_vh=stride_vh, stride_lh=q.shape[0],
         scale=scale, cap=options.softcap * _LOG2E,
         left=options.left if options.left >= 0 else _MAX_TOKENS,
         right=options.right if options.right >= 0 else _MAX_TOKENS,
         threshold=threshold, keep_scale=65536 / (65536 - threshold),
-        G=q.shape[1] // k.shape[1], D=q.shape[2], BLOCK_D=max(16, triton.next_power_of_2(q.shape[2])),
+        G=q.shape[1] // k.shape[1], D=q.shape[2], BLOCK_D=max(16, 1 << (q.shape[2] - 1).bit_length()),
         WINDOW=options.left >= 0 or options.right >= 0, SOFTCAP=options.softcap > 0,
-        DROPOUT=options.dropout_p > 0, SHARED=options.shared,
+        DROPOUT=options.dropout_p > 0,
         PRECISION=precision(q.dtype) if fast else "ieee",
     )  # fmt: skip
 
@@ -489,17 +504,14 @@ def _arguments(q, k, v, cu_seqlens_q, cu_seqlens_k, seed, options: Options) -> d
 def _descriptors(k: Tensor, v: Tensor, config: dict[str, Any]) -> dict[str, Any]:
     """Split "TMA" off a configuration: where table and tensors allow it, full blocks come by descriptor."""
     config, dim = dict(config), k.shape[2]
-    fits = config.pop("TMA") and len(k) > 0 and dim == triton.next_power_of_2(dim) >= 16
-    for x in (k, v):
-        fits = fits and x.stride(1) == dim
-        fits = fits and x.stride(0) * x.element_size() % 16 == x.data_ptr() % 16 == 0
-    if not fits:
+    fits = config.pop("TMA") and k.shape[0] > 0 and dim >= 16 and dim & (dim - 1) == 0
+    (stride_kt, stride_kh, _), (stride_vt, stride_vh, _), size = k.stride(), v.stride(), k.element_size()
+    fits = fits and stride_kh == stride_vh == dim
+    if not fits or any(n % 16 for n in (stride_kt * size, stride_vt * size, k.data_ptr(), v.data_ptr())):
         return dict(config, k_desc=None, v_desc=None)
-    block = [config["BLOCK_N"], dim]
-    k_desc, v_desc = (
-        TensorDescriptor(x, [x.shape[0], x.shape[1] * dim], [x.stride(0), 1], block) for x in (k, v)
-    )
-    return dict(config, k_desc=k_desc, v_desc=v_desc)
+    shape, block = [k.shape[0], k.shape[1] * dim], [config["BLOCK_N"], dim]
+    k_desc = TensorDescriptor(k, shape, [stride_kt, 1], block)
+    return dict(config, k_desc=k_desc, v_desc=TensorDescriptor(v, shape, [stride_vt, 1], block))
 
 
 def attention_forward(
@@ -513,13 +525,12 @@ def attention_forward(
     options: Options,
 ) -> tuple[Tensor, Tensor]:
     """Return out (T, H, D) and lse (H, T)."""
-    tiles = maps.tiles_fwd
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
-    if len(tiles):
-        _attn_fwd_kernel[len(tiles), k.shape[1]](
-            **_arguments(q, k, v, cu_seqlens_q, cu_seqlens_k, seed, options),
-            **_descriptors(k, v, _config("fwd", q, options)),
+    out = q.new_empty(q.shape)
+    lse = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
+    arguments = _arguments(q, k, v, cu_seqlens_q, cu_seqlens_k, seed, options)
+    for tiles, shared in _launches(maps.fwd_long, maps.fwd_short):
+        _attn_fwd_kernel[tiles.shape[0], k.shape[1]](
+            **arguments, **_descriptors(k, v, _config("fwd", q, options, shared)), SHARED=shared,
             out_ptr=out, lse_ptr=lse, seq_ptr=maps.sequences_q, tiles_ptr=tiles,
             stride_ot=out.stride(0), stride_oh=out.stride(1),
         )  # fmt: skip
@@ -541,17 +552,16 @@ def attention_backward(
     options: Options,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of q, k and v."""
-    tiles_dq, tiles_dkv = maps.tiles_dq, maps.tiles_dkv
-    assert tiles_dq is not None and tiles_dkv is not None
+    assert maps.sequences_k is not None or not k.shape[0]
     dout = addressable(dout)
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     lse2, delta = torch.empty_like(lse), torch.empty_like(lse)
     arguments = _arguments(q, k, v, cu_seqlens_q, cu_seqlens_k, seed, options)
     arguments |= dict(
         dout_ptr=dout, lse2_ptr=lse2, delta_ptr=delta, softmax_scale=options.scale,
         stride_dt=dout.stride(0), stride_dh=dout.stride(1),
     )  # fmt: skip
-    if len(tiles_dq):
+    if q.shape[0]:
         rows = 2048 // arguments["BLOCK_D"]
         _attn_bwd_stats_kernel[triton.cdiv(q.shape[0], rows), q.shape[1]](
             out_ptr=out, dout_ptr=dout, lse_ptr=lse, dlse_ptr=None if dlse is None else dlse.contiguous(),
@@ -560,18 +570,20 @@ def attention_backward(
             stride_dh=dout.stride(1), stride_lh=lse.stride(0), num_tokens=q.shape[0],
             D=q.shape[2], BLOCK_D=arguments["BLOCK_D"], BLOCK_M=rows, HAS_DLSE=dlse is not None,
         )  # fmt: skip
-        _attn_bwd_dq_kernel[len(tiles_dq), k.shape[1]](
-            **arguments, **_descriptors(k, v, _config("dq", q, options)),
-            dq_ptr=dq, seq_ptr=maps.sequences_q, tiles_ptr=tiles_dq,
+    for tiles, shared in _launches(maps.dq_long, maps.dq_short):
+        _attn_bwd_dq_kernel[tiles.shape[0], k.shape[1]](
+            **arguments, **_descriptors(k, v, _config("dq", q, options, shared)), SHARED=shared,
+            dq_ptr=dq, seq_ptr=maps.sequences_q, tiles_ptr=tiles,
             stride_gt=dq.stride(0), stride_gh=dq.stride(1),
         )  # fmt: skip
     # above 128 dimensions, 64 in fp32, the registers hold one of the two sums
     both = q.shape[2] * q.element_size() <= 256
     parts = [(True, True)] if both else [(True, False), (False, True)]
-    for want_dk, want_dv in parts if len(tiles_dkv) else ():
-        _attn_bwd_dkv_kernel[len(tiles_dkv), k.shape[1]](
-            **arguments, **_config("dkv", q, options),
-            dk_ptr=dk, dv_ptr=dv, seq_ptr=maps.sequences_k, tiles_ptr=tiles_dkv,
-            stride_gt=dk.stride(0), stride_gh=dk.stride(1), DK=want_dk, DV=want_dv,
-        )  # fmt: skip
+    for tiles, shared in _launches(maps.dkv_long, maps.dkv_short):
+        for want_dk, want_dv in parts:
+            _attn_bwd_dkv_kernel[tiles.shape[0], k.shape[1]](
+                **arguments, **_config("dkv", q, options, shared), SHARED=shared,
+                dk_ptr=dk, dv_ptr=dv, seq_ptr=maps.sequences_k, tiles_ptr=tiles,
+                stride_gt=dk.stride(0), stride_gh=dk.stride(1), DK=want_dk, DV=want_dv,
+            )  # fmt: skip
     return dq, dk, dv
