@@ -3,7 +3,7 @@
 `python -m uncausal.bench.trials.corpus MODEL --data-dir DIR [--rows 200000] [--part 20000]` runs the command,
 and prints what it found as a table, or with `--json`. The whole corpus is encoded twice: undisturbed, and
 killed three times. The first `--part` rows are then encoded by two processes and by Ray, and timed
-against a bare `encode`.
+against a bare `encode`. `--kills 0 --part 0` is the undisturbed run alone.
 """
 
 from __future__ import annotations
@@ -58,6 +58,15 @@ def measure(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     seconds = time.perf_counter() - start
     expected = run.bytes_of("whole")
     tokens = sum(json.loads(note.read_text())["tokens"] for note in (scratch / "whole").glob("part-*.json"))
+    tenth = len(memory) // 10
+    found = {
+        "rows": len(texts),
+        "tokens": tokens,
+        "tokens a second, command and start included": round(tokens / seconds),
+        "MiB after a tenth, half, all": [round(memory[i] / 2**20) for i in (tenth, len(memory) // 2, -1)],
+    }
+    if not options.kills and not options.part:
+        return found
 
     draw = random.Random(options.seed)
     for moment in sorted(draw.uniform(0.1, 0.9) for _ in range(options.kills)):
@@ -76,15 +85,8 @@ def measure(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         run.finish(run.start("part", f"ray-{workers}", "--engine", "ray", "--workers", str(workers)))
         assert run.bytes_of(f"ray-{workers}") == part, f"{workers} workers of Ray wrote other bytes"
 
-    tenth = len(memory) // 10
-    return {
-        "rows": len(texts),
-        "tokens": tokens,
-        "tokens a second, command and start included": round(tokens / seconds),
-        "kills": options.kills,
-        "MiB after a tenth, half, all": [round(memory[i] / 2**20) for i in (tenth, len(memory) // 2, -1)],
-        "share of a bare encode": round(share_of_encode(options.model, texts[: options.part], scratch), 3),
-    }
+    share = share_of_encode(options.model, texts[: options.part], scratch)
+    return {**found, "kills": options.kills, "share of a bare encode": round(share, 3)}
 
 
 def passages(data_dir: str, count: int) -> list[str]:
