@@ -4,10 +4,11 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from tiny import load
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 from uncausal.encoder import adapters
-from uncausal.encoder.training.lora import attach_lora
+from uncausal.encoder.training.lora import InputDropout, attach_lora
 
 
 def test_lora_only_upper_layers_stops_the_backward_pass(checkpoint):
@@ -90,3 +91,29 @@ def test_merge_reports_what_bfloat16_rounds_away(checkpoint, caplog):
         shares[dtype] = adapters.merge_lora(view)
     assert shares[torch.float32] < 1e-3 and shares[torch.bfloat16] > 0.5
     assert "bfloat16 weights rounded away" in caplog.text
+
+
+@pytest.mark.parametrize("p", [0.05, 0.5, 0.99999])
+def test_input_dropout_draws_what_torch_does(p):
+    """Four draws come from one number: each must drop its share, and none the neighbour's."""
+    torch.manual_seed(0)
+    layer, x = InputDropout(p), torch.full((4001, 101), 2.0, requires_grad=True)
+    out = layer(x)
+    torch.manual_seed(0)
+    assert torch.equal(layer(x), out)
+    kept = out != 0
+    assert out[kept].allclose(torch.tensor(2 / (1 - round(p * 65536) / 65536)), rtol=1e-5)
+    lanes = kept.flatten()[: 4 * 101000].view(-1, 4).double()
+    spread = 5 * (p * (1 - p) / len(lanes)) ** 0.5 + 2**-16
+    assert ((lanes.mean(0) - (1 - p)).abs() < spread).all()
+    if p < 0.9:
+        assert (lanes.T.corrcoef() - torch.eye(4)).abs().max() < 0.02
+    (grad,) = torch.autograd.grad(out.sum(), x)
+    assert torch.equal(grad * 2, out)
+    assert layer.eval()(x) is x
+
+
+def test_an_adapter_has_it(checkpoint):
+    view = attach_lora(load(checkpoint).backbone, r=4, alpha=8, dropout=0.1)
+    dropouts = [module for module in view.modules() if isinstance(module, nn.Dropout)]
+    assert len([x for x in dropouts if type(x) is InputDropout and x.p == 0.1]) == 7 * 2
