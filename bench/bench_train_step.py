@@ -167,7 +167,9 @@ def triplets(count: int, told: bool) -> list[dict[str, str]]:
     """So many rows of three sentences each, with an instruction if told."""
     found = itertools.cycle(sentences(3 * count))
     columns = ("anchor", "positive", "negative")
-    rows = [dict(zip(columns, itertools.islice(found, 3), strict=True)) for _ in range(count)]
+    rows: list[dict[str, str]] = [
+        dict(zip(columns, itertools.islice(found, 3), strict=True)) for _ in range(count)
+    ]
     return [{**row, "instruction": TOLD[i % 3]} for i, row in enumerate(rows)] if told else rows
 
 

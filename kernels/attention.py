@@ -7,6 +7,7 @@ Layout legend: B sequences, T packed tokens, H query heads, HK key heads, G = H 
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -109,7 +110,7 @@ def _save(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _gradients(ctx, dout, dlse, backward=_flash_attn_varlen_backward):
+def _gradients(ctx, dout, dlse, backward: Callable = _flash_attn_varlen_backward):
     """Gradients of q, k and v, and None for the op's other inputs."""
     saved = ctx.saved_tensors
     grads = (None, None, None)

@@ -19,6 +19,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch._library.custom_ops import _maybe_get_opdef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from uncausal.bench.launches.recorded import replaced_launches
@@ -53,7 +54,7 @@ class HostPath(TorchDispatchMode):
         self.counts: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        body = torch._library.custom_ops._maybe_get_opdef(func)
+        body = _maybe_get_opdef(func)
         if body is not None:
             with self:
                 return body._init_fn(*args, **(kwargs or {}))
@@ -150,7 +151,7 @@ class Inputs:
 def calls(functions: Any, device: str, ours: bool) -> dict[str, Callable[[], Any]]:
     """What is counted, each with its maps made already."""
     long, short, mixed = (Inputs(functions, LENGTHS[x], device, ours) for x in ("long", "short", "mixed"))
-    outs: list[Tensor] = []
+    outs: list[Any] = []
     own: dict[str, Any] = dict(layout=long.layout) if ours else {}
 
     def backward() -> None:  # as autograd's engine calls it

@@ -63,7 +63,7 @@ def _lengths(kind: str) -> list[int]:
     return batches[{"first batch": 0, "middle batch": len(batches) // 2, "last batch": -1}[kind]]
 
 
-def _tensors(total: tuple[int, ...], heads: tuple[int, int], dim: int) -> list[Tensor]:
+def _tensors(total: tuple[int, ...], heads: tuple[int, int], dim: int) -> Any:
     shapes = ((*total, h, dim) for h in (heads[0], heads[1], heads[1]))
     return [torch.empty(shape, dtype=torch.bfloat16).requires_grad_() for shape in shapes]
 
@@ -71,7 +71,8 @@ def _tensors(total: tuple[int, ...], heads: tuple[int, int], dim: int) -> list[T
 def dense(batch: int, length: int, dim: int, heads: tuple[int, int] = (2, 2), **options: Any) -> None:
     from uncausal.kernels.attention import flash_attn_func
 
-    out = flash_attn_func(*_tensors((batch, length), heads, dim), backend="triton", **options)
+    q, k, v = _tensors((batch, length), heads, dim)
+    out: Any = flash_attn_func(q, k, v, backend="triton", **options)
     out.sum().backward()
 
 
@@ -83,8 +84,9 @@ def packed(lengths: list[int], dim: int, heads: tuple[int, int] = (2, 2), known=
     layout = PackedLayout.from_lengths(lengths)
     cu, longest = layout.cu_seqlens, max(lengths)
     options |= {"layout": layout} if known else {}
-    tensors = _tensors((layout.total,), heads, dim)
-    flash_attn_varlen_func(*tensors, cu, cu, longest, longest, backend="triton", **options).sum().backward()
+    q, k, v = _tensors((layout.total,), heads, dim)
+    out: Any = flash_attn_varlen_func(q, k, v, cu, cu, longest, longest, backend="triton", **options)
+    out.sum().backward()
 
 
 CALLS: dict[str, Callable[[], None]] = {

@@ -168,7 +168,7 @@ def mine(
     by_bm25 = teacher.lower() == "bm25"
     model: Any = "bm25" if by_bm25 else load_model(teacher, **loading.options(teacher))
     sets = found if isinstance(found, DatasetDict) else {None: found}
-    mined = {task: mining.mine(part, model, documents) for task, part in sets.items()}
+    mined: dict[Any, Any] = {task: mining.mine(part, model, documents) for task, part in sets.items()}
     rows = (row if task is None else {"task": task, **row} for task, part in mined.items() for row in part)
     lost = sum(map(len, sets.values())) - sum(map(len, mined.values()))
     write(rows, output, as_json, Counter({"with too few negatives": lost} if lost else {}))

@@ -177,7 +177,7 @@ class Mining:
             of_rows = of_queries[asked[rows]].to(of_documents.device)
             scores = teacher.similarity_pairwise(of_rows, of_documents[right[rows]])
             np.minimum.at(least, asked[rows], torch.as_tensor(scores).float().cpu().numpy())
-        limits = [np.full_like(least, np.inf if self.max_score is None else self.max_score)]
+        limits: list[Any] = [np.full_like(least, np.inf if self.max_score is None else self.max_score)]
         if self.relative_margin is not None:
             limits.append(least - np.abs(least) * self.relative_margin)
         if self.absolute_margin is not None:
