@@ -80,6 +80,7 @@ def check_replaceable(path: Path) -> None:
 @contextmanager
 def staged_file(path: Path) -> Iterator[BinaryIO]:
     """Yield a file open for writing beside `path`, which becomes `path` only if the block succeeds."""
+    path = path.resolve()  # a link stays, and what it leads to is written
     staging, lock = _begin(path, folder=False)
     try:
         with os.fdopen(os.dup(lock), "wb") as file:  # of the two, the lock ends with the last

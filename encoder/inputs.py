@@ -223,15 +223,8 @@ class PackedTransformer(Transformer):
                 alone = tokenizer(list(prompts), **options)["input_ids"]
                 skipped = [_common(*pair) for pair in zip(alone, ids, strict=True)]
         limit = max_length or self.max_seq_length or sys.maxsize
-        long = [i for i, row in enumerate(ids) if len(row) > limit]
+        long = self._cut(ids, skipped, limit)
         head, tail = added_tokens(tokenizer) if long else ([], [])
-        for i in long:
-            if tokenizer.truncation_side == "left":
-                if skipped:  # what is cut behind the head was the prompt's first
-                    skipped[i] = max(skipped[i] - (len(ids[i]) - limit), min(skipped[i], len(head)))
-                ids[i] = [*head, *ids[i][len(ids[i]) - limit + len(head) :]]
-            else:
-                ids[i] = [*ids[i][: limit - len(tail)], *tail]
         for i, row in enumerate(ids):
             before = skipped[i] if skipped else 0
             added = (max(before, len(head)), len(tail)) if len(row) >= limit else (before, 0)
@@ -241,6 +234,29 @@ class PackedTransformer(Transformer):
                     f"them the prompt's, limit {limit}. Raise max_seq_length or shorten the prompt."
                 )
         return TokenizedTexts(ids, skipped, len(long))
+
+    def take_tokens(self, rows: Sequence[Sequence[int]]) -> TokenizedTexts:
+        """Return token ids that a caller has made as `tokenize_texts` would have, without a prompt."""
+        ids, skipped = [list(row) for row in rows], None
+        if self.template is not None:
+            head = added_tokens(self.tokenizer)[0]
+            skipped = [len(head) if row[: len(head)] == head else 0 for row in ids]
+        long = self._cut(ids, skipped, self.max_seq_length or sys.maxsize)
+        return TokenizedTexts(ids, skipped, len(long))
+
+    def _cut(self, ids: list[list[int]], skipped: list[int] | None, limit: int) -> list[int]:
+        """Cut what is longer than the limit, inside what the tokenizer puts around a text; return which."""
+        tokenizer: Any = self.tokenizer
+        long = [i for i, row in enumerate(ids) if len(row) > limit]
+        head, tail = added_tokens(tokenizer) if long else ([], [])
+        for i in long:
+            if tokenizer.truncation_side == "left":
+                if skipped:  # what is cut behind the head was the prompt's first
+                    skipped[i] = max(skipped[i] - (len(ids[i]) - limit), min(skipped[i], len(head)))
+                ids[i] = [*head, *ids[i][len(ids[i]) - limit + len(head) :]]
+            else:
+                ids[i] = [*ids[i][: limit - len(tail)], *tail]
+        return long
 
     def prompt_joins_text(self, prompt: str) -> bool:
         """Whether the end of a prompt becomes one token with some common word behind it."""
@@ -334,6 +350,13 @@ def check_not_empty(texts: Sequence[Any]) -> None:
             f"text {index} is empty ({texts[index]!r}): there is no token to pool; remove it, fill it in, or "
             "encode with on_empty='zero' or 'skip'"
         )
+
+
+def check_finite(vectors: np.ndarray, texts: Sequence[str]) -> None:
+    """Raise ValueError for a vector (n, d) with NaN or infinity, with its text."""
+    if not (finite := np.isfinite(vectors).all(axis=1)).all():
+        text = texts[int(np.flatnonzero(~finite)[0])]
+        raise ValueError(f"the vector of {text[:60]!r} is not finite: load the model in another dtype")
 
 
 def check_unicode(texts: Sequence[str]) -> None:

@@ -130,6 +130,9 @@ def test_encode_cuts_and_scales_into_a_file(cli_folder, tmp_path, capsys):
     [
         ("v.npy", ["--shard", "0/2"], "--shard is for a folder of shards: end the output in /"),
         ("v.npy", ["--vector-dtype", "int8"], "--vector-dtype is for a folder of shards"),
+        ("v.npy", ["--dimension", "0"], "--dimension is 0; "),
+        ("v.npy", ["--dimension", "-1"], "--dimension is -1; "),
+        ("v.npy", ["--dimension", "4096"], "has the dimensions 1 to "),
         ("v/", ["--shard", "1"], "--shard takes I/N, for example 0/4, not '1'"),
         ("v/", ["--shard", "2/2"], "shard 2/2 does not exist"),
         ("v", ["--rows-per-shard", "0"], "rows_per_shard is 0"),

@@ -132,6 +132,11 @@ def test_serve_refuses(cli_folder, tmp_path, capsys, monkeypatch):
     said = run(capsys, "serve", model, "--port", 0, "--api-key-file", tmp_path / "key", status=1)
     assert "holds no API key" in said
     assert "--api-key" in run(capsys, "serve", model, "--api-key", "secret", status=2)
+    said = run(capsys, "serve", model, "--port", 0, "--attention", "sdpa", status=1)
+    assert "does not run packed" in said and "serving" not in said
+    said = run(capsys, "serve", model, "--port", 0, "--dimensions", 4096, status=1)
+    assert "dimension 4096 is none that" in said
+    assert "max waiting is 0" in run(capsys, "serve", model, "--max-waiting", 0, status=1)
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "uvicorn" else find(name))
     assert "pip install 'uncausal[serve]'" in run(capsys, "serve", model, status=1)

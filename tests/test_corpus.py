@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -165,6 +166,60 @@ def test_a_corpus_of_two_inputs_is_not_read(encoder, whole, tmp_path):
         encode_corpus(encoder, stops(), tmp_path, SETTINGS)
     with pytest.raises(ValueError, match="holds no corpus that is finished"):
         read_corpus(tmp_path)
+
+
+def test_a_share_of_another_input_is_not_read(encoder, whole, tmp_path):
+    """Regression: a half of the shards was of changed texts, and the end of that input was the mark."""
+    for name, content in whole.items():
+        (tmp_path / name).write_bytes(content)
+    changed = [(id, f"{text} two apples") for id, text in ROWS]
+    encode_corpus(encoder, changed, tmp_path, SETTINGS, shard=(0, 2))
+    with pytest.raises(ValueError, match="holds shards of more than one input"):
+        read_corpus(tmp_path)
+    encode_corpus(encoder, changed, tmp_path, SETTINGS, shard=(1, 2))
+    assert len(read_corpus(tmp_path)) == 57
+
+
+def test_a_vector_that_is_not_finite_is_not_written(encoder, tmp_path, monkeypatch):
+    norm = encoder.backbone.norm.weight
+    value = norm.data.clone()
+    norm.data.fill_(float("nan"))
+    try:
+        with pytest.raises(ValueError, match="the vector of '.+' is not finite"):
+            encode_corpus(encoder, ROWS, tmp_path, SETTINGS)
+    finally:
+        norm.data.copy_(value)
+    assert not list(tmp_path.glob("part-*"))
+
+
+def test_a_note_is_of_what_was_written_and_not_of_what_is_there(encoder, tmp_path, monkeypatch):
+    """Regression: a run that put its shard in this one's place was noted as this one's."""
+    replace = os.replace
+
+    def race(source, target):
+        replace(source, target)
+        if str(target).endswith("part-00000.parquet"):
+            Path(target).write_bytes(b"of another run")
+
+    monkeypatch.setattr(os, "replace", race)
+    encode_corpus(encoder, ROWS, tmp_path, SETTINGS)
+    monkeypatch.undo()
+    assert encode_corpus(encoder, ROWS, tmp_path, SETTINGS).encoded == 10
+
+
+def test_unreadable_text_and_id_are_told_by_line(tmp_path):
+    """Regression: the id failed in Arrow, once its shard was encoded."""
+    for row in ('{"id": "a", "text": "\\ud800"}', '{"id": "\\ud800", "text": "a"}'):
+        (tmp_path / "rows.jsonl").write_text(f'{{"id": "b", "text": "b"}}\n{row}\n')
+        rows = corpus_rows(tmp_path / "rows.jsonl", CorpusSettings(id_column="id"))
+        with pytest.raises(DataError, match=r"rows.jsonl:2: .*surrogate"):
+            list(rows)
+
+
+def test_a_foreign_file_does_not_end_a_run(encoder, tmp_path):
+    (tmp_path / "part-old.parquet").write_bytes(b"")
+    encode_corpus(encoder, ROWS, tmp_path, SETTINGS)
+    assert len(read_corpus(tmp_path)) == 57
 
 
 def test_another_model_is_refused(tiny_checkpoint, whole, tmp_path):

@@ -24,6 +24,14 @@ def names(folder):
     return sorted(entry.name for entry in folder.iterdir())
 
 
+def test_a_link_stays_and_its_file_is_written(tmp_path):
+    (tmp_path / "large").mkdir()
+    (tmp_path / "v.npy").symlink_to(tmp_path / "large" / "v.npy")
+    with staged_file(tmp_path / "v.npy") as file:
+        file.write(b"new")
+    assert (tmp_path / "v.npy").is_symlink() and (tmp_path / "large" / "v.npy").read_bytes() == b"new"
+
+
 @pytest.mark.parametrize("writer", [staged, staged_file])
 def test_what_a_killed_write_left_is_removed_by_the_next(tmp_path, writer):
     """Regression: it stayed for ever, as large as the model."""

@@ -415,6 +415,18 @@ DAMAGE = [
 ]
 
 
+def test_an_index_of_no_number_is_no_models(tmp_path, encoder):
+    """Regression: NaN is below no bound, so that the index of any model was taken."""
+    folder = write(tmp_path / "src", a_py=SUM)
+    update_index(tmp_path / "i", folder, encoder)
+    with sqlite3.connect(tmp_path / "i") as database:
+        [(probe,)] = database.execute("SELECT value FROM meta WHERE key = 'probe'")
+        value = json.dumps([float("nan")] * len(json.loads(probe)))
+        database.execute("UPDATE meta SET value = ? WHERE key = 'probe'", (value,))
+    with pytest.raises(ValueError, match="of another model|is damaged"):
+        Index(tmp_path / "i").search(encoder, ["sum"])
+
+
 @pytest.mark.parametrize("statement", DAMAGE)
 def test_edited_index_says_what_to_do(tmp_path, encoder, statement):
     """Regression: a KeyError's traceback, or the question whether another process was indexing into it."""

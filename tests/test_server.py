@@ -1,6 +1,8 @@
 """The server as its clients meet it: a real socket, the openai client, and answers equal to encode's bits."""
 
+import asyncio
 import base64
+import gc
 import http.client
 import json
 import socket
@@ -14,10 +16,11 @@ import pytest
 
 pytest.importorskip("fastapi", reason="the server needs `pip install uncausal[serve]`")
 import uvicorn
+from pydantic import ValidationError
 
 from uncausal.encoder.serving.batcher import Batcher, ClosedError, QueueFullError
-from uncausal.encoder.serving.server import make_app
-from uncausal.encoder.serving.service import Limits
+from uncausal.encoder.serving.server import EmbeddingsRequest, EmbedRequest, TokenizeRequest, make_app
+from uncausal.encoder.serving.service import Limits, Refused, Service
 
 TEXTS = ["the cat sees the river", "a dog likes music", "two apples", "the king paints the long road home"]
 
@@ -227,16 +230,125 @@ def test_what_has_no_room_is_refused_before_it_is_tokenised(encoder):
     with Server(lambda: encoder, max_waiting=2) as server:
         server.ready()
         service = server.app.state.service
-        tokenize, service.tokenize = service.tokenize, None
-        status, headers, answer = server.call("POST", "/embed", {"inputs": TEXTS})
-        assert (status, headers["Retry-After"]) == (429, "1") and "full" in answer["error"]["message"]
-        service.tokenize = tokenize
+        status, _, answer = server.call("POST", "/embed", {"inputs": TEXTS})  # which will never have room
+        assert (status, answer["error"]["message"]) == (413, "4 texts in a request; at most 2 are taken")
+        tokenize, service.tokenize, service.untokenized = service.tokenize, None, 1
+        for path in ("/embed", "/tokenize"):
+            status, headers, answer = server.call("POST", path, {"inputs": TEXTS[:2]})
+            assert (status, headers["Retry-After"]) == (429, "1") and "full" in answer["error"]["message"]
+        service.tokenize, service.untokenized = tokenize, 0
         assert server.call("POST", "/embed", {"inputs": TEXTS[:2]})[0] == 200 and service.untokenized == 0
         status, _, answer = server.call("POST", "/v1/embeddings", {"input": "two apples", "dimensions": 8})
         assert (status, "no Matryoshka model" in answer["error"]["message"]) == (400, True)
         service.batcher.close()
         for method, path, body in (("GET", "/health", None), ("POST", "/embed", {"inputs": "music"})):
             assert server.call(method, path, body)[0] == 503
+
+
+def test_a_long_list_of_wrong_items_is_one_error():
+    """Regression: two megabytes of `[]` were two million errors, gigabytes, and seconds of the event loop."""
+    for model, field in ((EmbedRequest, "inputs"), (EmbeddingsRequest, "input"), (TokenizeRequest, "inputs")):
+        for item in ([], [-1], {}, None):
+            with pytest.raises(ValidationError) as failure:
+                model.model_validate({field: [item] * 1000})
+            assert failure.value.error_count() < 10
+        assert getattr(model.model_validate({field: TEXTS}), field) == TEXTS
+    assert EmbedRequest.model_validate({"inputs": [[1], [2, 3]]}).inputs == [[1], [2, 3]]
+
+
+def test_an_empty_prompt_by_name_is_none(tiny_checkpoint):
+    """Regression: the encoder's own prompt stood in its place."""
+    from uncausal import Encoder
+
+    own = Encoder.from_pretrained(tiny_checkpoint, device="cpu", dtype="float32")
+    own.prompts, own.default_prompt_name = {"all": "the king ", "document": ""}, "all"
+    with Server(lambda: own) as server:
+        for name in ("all", "document"):
+            body = {"inputs": TEXTS, "prompt_name": name, "normalize": False}
+            found = np.float32(server.ready().call("POST", "/embed", body)[2])
+            assert np.array_equal(found, own.encode(TEXTS, prompt_name=name))
+        status, _, answer = server.call("POST", "/embed", {"inputs": [[1, 2]], "prompt_name": "all"})
+        assert status == 422 and "token arrays" in answer["error"]["message"]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_token_arrays_are_framed_and_cut_as_texts(tiny_checkpoint, side):
+    from uncausal import Encoder
+
+    framed = Encoder.from_pretrained(
+        tiny_checkpoint, device="cpu", dtype="float32", template="the king {text} home", max_seq_length=6
+    )
+    framed.tokenizer.truncation_side = side
+    arrays = framed.tokenizer(TEXTS)["input_ids"]
+    assert max(map(len, arrays)) > 6
+    with Server(lambda: framed, auto_truncate=True) as server:
+        found = [
+            server.ready().call("POST", "/embed", {"inputs": given, "normalize": False})[2]
+            for given in (TEXTS, arrays)
+        ]
+    assert found[0] == found[1] and np.array_equal(np.float32(found[0]), framed.encode(TEXTS))
+
+
+def test_a_body_without_a_length_is_bounded(server):
+    """Chunked: only what is read tells how long it is."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+    chunks = (b"a" * 5000 for _ in range(20))
+    json_type = {"Content-Type": "application/json"}
+    try:
+        connection.request("POST", "/embed", chunks, json_type, encode_chunked=True)
+    except (BrokenPipeError, ConnectionResetError):  # it was answered before the end
+        pass
+    assert connection.getresponse().status == 413
+    connection.close()
+
+
+@pytest.mark.parametrize("stage", ["tokenizer", "model"])
+def test_a_client_that_leaves_frees_what_waits(encoder, stage):
+    """Its texts are cancelled wherever they are, and nothing of it is told."""
+    told, left = [], asyncio.Event()
+
+    async def receive():
+        await left.wait()
+        return {"type": "http.disconnect"}
+
+    async def leave(service, futures):
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(lambda loop, context: told.append(context))
+        work = asyncio.ensure_future(service.embed(SimpleNamespace(receive=receive), TEXTS))
+        await asyncio.sleep(0.1)
+        left.set()
+        with pytest.raises(Refused) as refusal:
+            await work
+        assert refusal.value.status == 499 and service.untokenized == 0
+        assert all(future.cancelled() for future in futures)
+        del work
+        gc.collect()
+        await asyncio.sleep(0)
+
+    held, futures = threading.Event(), []
+    service = Service(lambda: encoder, "tiny", Limits())
+    service.start()
+    if stage == "tokenizer":
+        service.tokenizing.submit(held.wait, 20)
+    else:
+        submit = service.batcher.submit
+        service.batcher._vectors = lambda jobs: (held.wait(20), np.zeros((len(jobs), 2)))[1]
+        service.batcher.submit([[1]])
+        wait_for(lambda: service.batcher.waiting == 0)
+        service.batcher.submit = lambda *a: (futures.extend(submit(*a)), futures)[1]
+    asyncio.run(leave(service, futures))
+    assert told == [] and len(futures) == (0 if stage == "tokenizer" else 4)
+    held.set()
+    service.stop()
+
+
+def test_limits_are_checked(encoder):
+    for name in ("batch_tokens", "max_waiting", "max_texts", "max_bytes", "body_seconds"):
+        with pytest.raises(ValueError, match=f"{name.replace('_', ' ')} is 0; it must be above 0"):
+            Limits(**{name: 0})
+    for dimension in (0, -1, 4096):
+        with pytest.raises(ValueError, match=f"dimension {dimension} is none that tiny has: 1 to"):
+            Limits(dimensions=(dimension,)).check(encoder, "tiny")
 
 
 def test_failures_nobody_foresaw_are_counted(encoder):
@@ -254,6 +366,9 @@ def test_key_is_asked_for(encoder):
         assert server.call("POST", "/embed", body)[0] == 401
         assert server.call("POST", "/embed", body, {"Authorization": "Bearer secreT"})[0] == 401
         assert server.call("POST", "/embed", body, {"Authorization": "Bearer secret"})[0] == 200
+    with Server(lambda: encoder, api_key="geheimnis\u00e4") as server:  # as clients send it
+        key = "Bearer geheimnis\u00e4".encode().decode("latin-1")
+        assert server.ready().call("POST", "/embed", body, {"Authorization": key})[0] == 200
 
 
 def test_answers_503_while_loading_and_after_a_failure(encoder):
@@ -339,6 +454,18 @@ def test_one_bad_text_fails_alone():
     assert [f.result()[0] for f in (*held, *futures[:2], futures[3])] == [0, 1, 2, 3]
     with pytest.raises(RuntimeError, match="bad text"):
         futures[2].result()
+
+
+def test_a_vector_that_is_not_finite_fails_alone():
+    """Regression: JSON's null stood for its numbers."""
+    model = Held()
+    model.go.set()
+    batcher = Batcher(model, batch_tokens=99, max_waiting=9)  # type: ignore[arg-type]
+    futures = batcher.submit([[1], [float("nan")], [3]])  # type: ignore[list-item]
+    batcher.close()
+    assert [futures[0].result()[0], futures[2].result()[0]] == [1, 3]
+    with pytest.raises(ValueError, match="not finite"):
+        futures[1].result()
 
 
 def test_prompts_of_one_batch_may_differ():

@@ -104,6 +104,9 @@ def encode(
         return
     texts = read(input, column, skip_empty=False)
     encoder = load(model, loading, int8)
+    width = encoder.get_embedding_dimension() or 0
+    if dimension is not None and not 1 <= dimension <= width:
+        raise ValueError(f"--dimension is {dimension}; {model} has the dimensions 1 to {width}")
     vectors = encoder.encode(
         texts,
         prompt=prompt,

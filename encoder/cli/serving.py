@@ -81,6 +81,7 @@ def serve(
     def load() -> Any:
         try:
             encoder = loading.load(model)
+            limits.check(encoder, name or model)
             if int8:
                 encoder.quantize()
         except Exception as error:

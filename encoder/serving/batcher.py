@@ -158,7 +158,10 @@ class Batcher:
             failure, memory = error.with_traceback(None), isinstance(error, torch.OutOfMemoryError)
         else:
             for job, vector in zip(jobs, vectors, strict=True):
-                job.future.set_result(vector)
+                if np.isfinite(vector).all():
+                    job.future.set_result(vector)
+                else:
+                    job.future.set_exception(ValueError("the vector is not finite"))
             return
         if len(jobs) == 1:
             jobs[0].future.set_exception(failure)

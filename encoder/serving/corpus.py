@@ -6,16 +6,17 @@ do not depend on who encodes it or when: a rerun, and other processes (`shard=(i
 manifest.json              settings, model digest and versions, the same for every process
 part-00000.parquet         columns id and embedding, written whole or not at all
 part-00000.json            rows, tokens, digest of the ids and texts it was made from, digest of the file
-input.json                 shards and rows of the input, written by whoever has come to its end
+input.json                 shards, rows and digest of the input, written by whoever has come to its end
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import count, islice
 from pathlib import Path
@@ -32,7 +33,7 @@ import uncausal
 from uncausal.encoder.batching import iter_encode, release_memory
 from uncausal.encoder.data.rows import DataError, read_rows, text_field
 from uncausal.encoder.files import staged_file
-from uncausal.encoder.inputs import own_prompt, tokenizer_state
+from uncausal.encoder.inputs import check_finite, check_unicode, own_prompt, tokenizer_state
 
 logger = logging.getLogger(__name__)
 INPUT = "input.json"
@@ -95,7 +96,12 @@ def corpus_rows(source: str | Path, settings: CorpusSettings) -> Iterator[tuple[
             )
         if settings.id_column is not None and settings.id_column not in row:
             raise DataError(f"{where}: no field {settings.id_column!r}; there is {', '.join(map(repr, row))}")
-        yield (str(number) if settings.id_column is None else str(row[settings.id_column])), text
+        id = str(number) if settings.id_column is None else str(row[settings.id_column])
+        try:
+            check_unicode([text, id])
+        except ValueError as error:
+            raise DataError(f"{where}: {error}") from None
+        yield id, text
 
 
 def encode_corpus(
@@ -132,6 +138,7 @@ def encode_corpus(
         )
     settings = open_corpus(encoder, output, settings)
     encoded = found = tokens = shards = total = 0
+    digests: list[str] = []
     start = time.perf_counter()
     with tqdm(desc="Encoding", unit="text", disable=not show_progress_bar) as bar:
         for number, batch in cut_into_shards(rows, settings):
@@ -144,7 +151,8 @@ def encode_corpus(
                     bar.set_postfix({"tokens/s": f"{tokens / (time.perf_counter() - start):,.0f}"})
                 bar.update(len(batch))
             shards, total = number + 1, total + len(batch)
-    close_corpus(output, shards, total)
+            digests.append(digest_of_rows(batch))
+    close_corpus(output, digests, total)
     return CorpusResult(encoded, found, tokens, time.perf_counter() - start, shards)
 
 
@@ -186,13 +194,18 @@ def cut_into_shards(
         yield number, batch
 
 
-def close_corpus(output: Path, shards: int, rows: int) -> None:
-    """Write how much the input held, where every process has come to its end."""
-    there = sorted(int(file.stem.removeprefix("part-")) for file in output.glob("part-*.parquet"))
-    for stale in (_shard(output, number) for number in there if number >= shards):
-        raise ValueError(f"{stale}: is beyond the end of the input, which has {shards} shards: remove it")
+def close_corpus(output: Path, digests: Sequence[str], rows: int) -> None:
+    """Write what the input held, a digest a shard, where a process has come to its end."""
+    there = [file.stem.removeprefix("part-") for file in output.glob("part-*.parquet")]
+    beyond = [int(number) for number in there if number.isdecimal() and int(number) >= len(digests)]
+    if beyond:
+        stale = _shard(output, min(beyond))
+        raise ValueError(
+            f"{stale}: is beyond the end of the input, which has {len(digests)} shards: remove it"
+        )
+    told = {"shards": len(digests), "rows": rows, "input": _digest_of("".join(digests).encode())}
     with staged_file(output / INPUT) as out:
-        out.write(json.dumps({"shards": shards, "rows": rows}).encode())
+        out.write(json.dumps(told).encode())
 
 
 def read_corpus(folder: str | Path) -> pa.Table:
@@ -205,15 +218,19 @@ def read_corpus(folder: str | Path) -> pa.Table:
     folder = Path(folder)
     if not (folder / INPUT).exists():
         raise ValueError(f"{folder}: holds no corpus that is finished; run the same again")
-    tables = []
-    for number in range(json.loads((folder / INPUT).read_text())["shards"]):
+    tables, digests = [], []
+    told = json.loads((folder / INPUT).read_text())
+    for number in range(told["shards"]):
         file = _shard(folder, number)
         if not file.exists():
             raise ValueError(f"{file}: is missing; run the same again")
-        note = _note(file)
-        if not note.exists() or json.loads(note.read_text())["file"] != _digest_of(file.read_bytes()):
+        note = json.loads(_note(file).read_text()) if _note(file).exists() else {}
+        if note.get("file") != _digest_of(file.read_bytes()):
             raise ValueError(f"{file}: does not hold what was written; run the same again")
+        digests.append(note["input"])
         tables.append(pq.read_table(file))
+    if told.get("input") != _digest_of("".join(digests).encode()):
+        raise ValueError(f"{folder}: holds shards of more than one input; run the same again")
     return pa.concat_tables(tables)
 
 
@@ -258,17 +275,15 @@ def encode_shard(
         limit = encoder.max_seq_length
         told = "shard %d: %d of %d texts were longer than %s tokens and were cut"
         logger.warning(told, number, cut, len(rows), limit)
-    table = pa.table({"id": [id for id, _ in rows], **_columns(vectors, settings)})
-    file = _shard(output, number)
+    check_finite(vectors, texts)
+    table, content = pa.table({"id": [id for id, _ in rows], **_columns(vectors, settings)}), io.BytesIO()
+    pq.write_table(table, content)
+    file, written = _shard(output, number), content.getvalue()
     (output / INPUT).unlink(missing_ok=True)  # with this shard the corpus is another, until a run ends
     with staged_file(file) as out:
-        pq.write_table(table, out)
-    note = {
-        "rows": len(rows),
-        "tokens": tokens,
-        "input": _digest(rows),
-        "file": _digest_of(file.read_bytes()),
-    }
+        out.write(written)
+    # not of what is there by now: another run may have put its own in the place
+    note = {"rows": len(rows), "tokens": tokens, "input": digest_of_rows(rows), "file": _digest_of(written)}
     with staged_file(_note(file)) as out:
         out.write(json.dumps(note).encode())
     release_memory()
@@ -296,7 +311,7 @@ def is_done(output: Path, number: int, rows: list[tuple[str, str]]) -> bool:
         return False
     try:
         note = json.loads(_note(file).read_text())
-        return note["input"] == _digest(rows) and note["file"] == _digest_of(file.read_bytes())
+        return note["input"] == digest_of_rows(rows) and note["file"] == _digest_of(file.read_bytes())
     except (ValueError, KeyError):
         return False
 
@@ -309,7 +324,7 @@ def _note(shard: Path) -> Path:
     return shard.with_suffix(".json")
 
 
-def _digest(rows: list[tuple[str, str]]) -> str:
+def digest_of_rows(rows: Sequence[Any]) -> str:
     return _digest_of(json.dumps(rows).encode())
 
 

@@ -23,6 +23,7 @@ import numpy as np
 
 from uncausal.encoder.data.passages import SUFFIXES, VERSION, Passage, passages
 from uncausal.encoder.data.sources import walk_files
+from uncausal.encoder.inputs import check_finite
 from uncausal.encoder.loading import EncoderSpec
 
 if TYPE_CHECKING:
@@ -390,7 +391,7 @@ def _check_same(path: Path, meta: _Meta, folder: Path, **asked: Any) -> None:
 
 
 def _check_probe(path: Path, meta: _Meta, probe: np.ndarray) -> None:
-    if len(meta.probe) != len(probe) or meta.probe @ probe < SAME_MODEL:
+    if len(meta.probe) != len(probe) or not meta.probe @ probe >= SAME_MODEL:  # NaN is no other's
         raise ValueError(
             f"{path}: holds vectors of another model ({meta.made.model or 'not named'}), or "
             "of one loaded otherwise: give that one, or delete the index and index again"
@@ -409,4 +410,5 @@ def _unit_vectors(
     """Return vectors of length 1, (texts, dimension) float32."""
     options = {"show_progress_bar": False, "truncate_dim": dimension, **options}
     vectors = encode(texts, convert_to_tensor=True, **options).float().cpu().numpy()
+    check_finite(vectors, texts)
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)  # bfloat16 would round the lengths

@@ -26,6 +26,7 @@ from uncausal.encoder.serving.corpus import (
     CorpusSettings,
     close_corpus,
     cut_into_shards,
+    digest_of_rows,
     encode_shard,
     is_done,
     open_corpus,
@@ -77,7 +78,8 @@ def encode_corpus_on_ray(
             for number, rows in cut_into_shards(read(), settings):
                 done = is_done(output, number, rows)
                 texts = [] if done else rows
-                yield _shard_row(number, len(rows), [id for id, _ in texts], [text for _, text in texts])
+                ids, texts = [id for id, _ in texts], [text for _, text in texts]
+                yield _shard_row(number, len(rows), ids, texts, digest=digest_of_rows(rows))
         except Exception as error:
             yield _shard_row(-1, 0, failure=_failure(error))
 
@@ -94,7 +96,8 @@ def encode_corpus_on_ray(
             num_gpus=gpus,
         )
     )
-    encoded = found = tokens = count = 0
+    encoded = found = tokens = 0
+    digests: dict[int, str] = {}
     start = time.perf_counter()
     with tqdm(desc="Encoding", unit="text", disable=not show_progress_bar) as bar:
         try:
@@ -102,7 +105,7 @@ def encode_corpus_on_ray(
                 if len(row["failure"]):
                     said, where = row["failure"]
                     raise RuntimeError(said) from RuntimeError(where)
-                tokens, count = tokens + row["tokens"], count + 1
+                tokens, digests[row["number"]] = tokens + row["tokens"], row["digest"]
                 encoded += row["rows"] * row["written"]
                 found += row["rows"] * (not row["written"])
                 bar.set_postfix({"tokens/s": f"{tokens / (time.perf_counter() - start):,.0f}"})
@@ -111,8 +114,8 @@ def encode_corpus_on_ray(
             lines = (str(error).strip() or type(error).__name__).splitlines()
             reason = lines[-1] if isinstance(error, RayTaskError) else " ".join(map(str.strip, lines))
             raise RuntimeError(f"Ray: {reason}; the same again goes on from the shards there") from error
-    close_corpus(output, count, encoded + found)
-    return CorpusResult(encoded, found, tokens, time.perf_counter() - start, count)
+    close_corpus(output, [digests[number] for number in sorted(digests)], encoded + found)
+    return CorpusResult(encoded, found, tokens, time.perf_counter() - start, len(digests))
 
 
 READER_CPUS = 0.5
@@ -138,8 +141,9 @@ class Worker:
                 tokens = encode_shard(self.encoder, rows, self.output, int(batch["number"][0]), self.settings)
             except Exception as error:
                 failure = _failure(error)
-        counts = {"rows": batch["rows"], "tokens": np.array([tokens]), "written": np.array([bool(rows)])}
-        return {**counts, "failure": _column(failure)}
+        told = {name: batch[name] for name in ("number", "rows", "digest")}
+        counts = {"tokens": np.array([tokens]), "written": np.array([bool(rows)])}
+        return {**told, **counts, "failure": _column(failure)}
 
 
 def _failure(error: Exception) -> list[str]:
@@ -150,12 +154,18 @@ def _failure(error: Exception) -> list[str]:
 
 
 def _shard_row(
-    number: int, rows: int, ids: Sequence[str] = (), texts: Sequence[str] = (), failure: Sequence[str] = ()
+    number: int,
+    rows: int,
+    ids: Sequence[str] = (),
+    texts: Sequence[str] = (),
+    failure: Sequence[str] = (),
+    digest: str = "",
 ) -> dict[str, np.ndarray]:
     """A shard on its way to a worker; without ids and texts where it is done."""
     lists = {"ids": ids, "texts": texts, "failure": failure}
     columns = {name: _column(list(values)) for name, values in lists.items()}
-    return {"number": np.array([number]), "rows": np.array([rows]), **columns}
+    facts = {"number": number, "rows": rows, "digest": digest}
+    return {**{name: np.array([value]) for name, value in facts.items()}, **columns}
 
 
 def _column(values: list[str]) -> np.ndarray:

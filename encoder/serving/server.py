@@ -29,8 +29,10 @@ import uncausal
 from uncausal.encoder.inputs import check_unicode
 from uncausal.encoder.serving.service import Encoded, Limits, Refused, Service
 
-Tokens = Annotated[list[Annotated[StrictInt, Field(ge=0)]], Field(min_length=1)]
-Input = StrictStr | list[StrictStr] | Tokens | list[Tokens]
+# Without `fail_fast` every item of a long list would be an error of every kind of input.
+Texts = Annotated[list[StrictStr], Field(fail_fast=True)]
+Tokens = Annotated[list[Annotated[StrictInt, Field(ge=0)]], Field(min_length=1, fail_fast=True)]
+Input = StrictStr | Texts | Tokens | Annotated[list[Tokens], Field(fail_fast=True)]
 
 
 class EmbeddingsRequest(BaseModel):
@@ -54,7 +56,7 @@ class EmbedRequest(BaseModel):
 
 class SimilarityInputs(BaseModel):
     source_sentence: StrictStr
-    sentences: Annotated[list[StrictStr], Field(min_length=1)]
+    sentences: Annotated[Texts, Field(min_length=1)]
 
 
 class SimilarityRequest(BaseModel):
@@ -66,7 +68,7 @@ class SimilarityRequest(BaseModel):
 class TokenizeRequest(BaseModel):
     """text-embeddings-inference's."""
 
-    inputs: StrictStr | list[StrictStr]
+    inputs: StrictStr | Texts
 
 
 def cut_vectors(vectors: np.ndarray, dimensions: int | None, normalize: bool = False) -> np.ndarray:
@@ -141,7 +143,9 @@ def make_app(load: Callable[[], Any], name: str, limits: Limits | None = None) -
             prompts = service.encoder.prompts
             if body.prompt_name not in prompts:
                 raise Refused(422, f"no prompt {body.prompt_name!r}; there is {sorted(prompts)}")
-            prompt = prompts[body.prompt_name] or None
+            if not isinstance(body.inputs, str) and not isinstance(next(iter(body.inputs), ""), str):
+                raise Refused(422, "prompt_name stands before texts; token arrays are taken as they are")
+            prompt = prompts[body.prompt_name] or ""  # None would be the encoder's own
         encoded = await service.embed(request, body.inputs, prompt=prompt, truncate=body.truncate)
         return answer(cut_vectors(encoded.vectors, dimensions, body.normalize), encoded)
 
@@ -163,10 +167,7 @@ def make_app(load: Callable[[], Any], name: str, limits: Limits | None = None) -
             raise Refused(422, str(error)) from None
         if len(texts) > limits.max_texts:
             raise Refused(413, f"{len(texts)} texts in a request; at most {limits.max_texts} are taken")
-        loop = asyncio.get_running_loop()
-        return answer(
-            await loop.run_in_executor(service.tokenizing, _tokens, service.encoder.tokenizer, texts)
-        )
+        return answer(await service.in_tokenizer(len(texts), _tokens, service.encoder.tokenizer, texts))
 
     @app.get("/info")
     async def info() -> Response:
@@ -243,7 +244,7 @@ class Guard:
         if key is None or scope["path"] in ("/health", "/metrics"):
             return
         given = Headers(scope=scope).get("authorization", "").removeprefix("Bearer ")
-        if not hmac.compare_digest(given.encode(), key.encode()):
+        if not hmac.compare_digest(given.encode("latin-1"), key.encode()):  # as headers are decoded
             raise Refused(401, "wrong or missing API key")
 
     async def _read_body(self, scope: Scope, receive: Receive) -> Receive:

@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -48,6 +49,21 @@ class Limits:
     auto_truncate: bool = False
     api_key: str | None = None
     dimensions: Sequence[int] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("batch_tokens", "max_waiting", "max_texts", "max_bytes", "body_seconds"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name.replace('_', ' ')} is {value}; it must be above 0")
+
+    def check(self, encoder: Any, name: str) -> None:
+        """Refuse, with ValueError, an encoder that cannot be served so."""
+        if not getattr(encoder, "packed", False):
+            raise ValueError(f"{name} does not run packed, which the server's batches are")
+        width = encoder.get_embedding_dimension()
+        for dimension in self.dimensions:
+            if not 1 <= dimension <= width:
+                raise ValueError(f"dimension {dimension} is none that {name} has: 1 to {width}")
 
 
 class Refused(Exception):
@@ -111,8 +127,7 @@ class Service:
         """Load the encoder and open the queue."""
         try:
             encoder = self.load()
-            if not getattr(encoder, "packed", False):
-                raise ValueError(f"{self.name} does not run packed, which the server's batches are")
+            self.limits.check(encoder, self.name)
             budget = self.limits.batch_tokens or (1024 if encoder.device.type == "cpu" else 16384)
             self.encoder = encoder
             self.batcher = Batcher(
@@ -151,43 +166,46 @@ class Service:
         texts = [given] if isinstance(given, str) or given and isinstance(given[0], int) else given
         if not texts:
             raise Refused(400, "the input is empty")
-        if len(texts) > self.limits.max_texts:
-            raise Refused(413, f"{len(texts)} texts in a request; at most {self.limits.max_texts} are taken")
+        most = min(self.limits.max_texts, self.limits.max_waiting)
+        if len(texts) > most:
+            raise Refused(413, f"{len(texts)} texts in a request; at most {most} are taken")
         prompt = own_prompt(self.encoder, prompt)
         start = time.perf_counter()
-        loop = asyncio.get_running_loop()
         cut = self.limits.auto_truncate if truncate is None else truncate
+        futures: list[Any] = []
+        gone = asyncio.ensure_future(_disconnected(request))
         try:
-            if batcher.waiting + self.untokenized + len(texts) > self.limits.max_waiting:
-                raise QueueFullError(batcher.seconds_left())
-            self.untokenized += len(texts)
-            try:
-                ids, prompts, truncated = await loop.run_in_executor(
-                    self.tokenizing, self.tokenize, texts, prompt, cut
-                )
-            finally:
-                self.untokenized -= len(texts)
+            work = asyncio.ensure_future(self.in_tokenizer(len(texts), self.tokenize, texts, prompt, cut))
+            ids, prompts, truncated = await _unless(gone, work)
             self.tokenize_seconds.observe(time.perf_counter() - start)
             futures = batcher.submit(ids, prompts)
+            vectors = await _unless(gone, asyncio.gather(*map(asyncio.wrap_future, futures)))
+            vectors = np.stack(vectors)[:, : self.encoder.truncate_dim]
+        except Refused:
+            raise
         except QueueFullError as error:
             raise Refused(429, str(error), error.retry_after) from None
         except ClosedError as error:
             raise Refused(503, str(error)) from None
-        answer = asyncio.gather(*map(asyncio.wrap_future, futures))
-        gone = asyncio.ensure_future(_disconnected(request))
-        try:
-            await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
-            if not answer.done():
-                raise Refused(499, "the client left")
-            vectors = np.stack(answer.result())[:, : self.encoder.truncate_dim]
-        except Refused:
-            raise
         except Exception as error:
             raise Refused(424, f"the model failed: {error}") from error
         finally:
             gone.cancel()
-            answer.cancel()
+            for future in futures:  # the others of a request of which one failed, or whose client left
+                future.cancel()
         return Encoded(vectors, sum(map(len, ids)), truncated)
+
+    async def in_tokenizer(self, count: int, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Call a function in the tokenizer's thread, if there is room in the queue for so many texts more."""
+        batcher = self.ready()
+        if batcher.waiting + self.untokenized + count > self.limits.max_waiting:
+            full = QueueFullError(batcher.seconds_left())
+            raise Refused(429, str(full), full.retry_after)
+        self.untokenized += count
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self.tokenizing, function, *arguments)
+        finally:
+            self.untokenized -= count
 
     def tokenize(
         self, texts: Sequence[Any], prompt: str | None, cut: bool
@@ -207,8 +225,7 @@ class Service:
             for number, row in enumerate(texts):
                 if max(row) >= vocabulary:
                     raise Refused(422, f"text {number}: token {max(row)} is not below {vocabulary}")
-            ids = [list(row[:limit]) for row in texts]
-            prompts, truncated = None, sum(len(row) > (limit or len(row)) for row in texts)
+            ids, prompts, truncated = transformer.take_tokens(texts)
         if truncated and not cut:
             raise Refused(
                 422,
@@ -226,6 +243,17 @@ class Service:
         if dimensions not in self.limits.dimensions:
             raise Refused(400, f"dimensions {dimensions} is none of {sorted(self.limits.dimensions)}")
         return dimensions
+
+
+async def _unless(gone: asyncio.Future, work: asyncio.Future) -> Any:
+    """Await work; where the client leaves first, cancel it."""
+    await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+    if work.done():
+        return work.result()
+    work.cancel()
+    with suppress(asyncio.CancelledError):  # or its end would be nobody's, and told on stderr
+        await work
+    raise Refused(499, "the client left")
 
 
 async def _disconnected(request: Request) -> None:
