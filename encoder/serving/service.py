@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -173,14 +173,28 @@ class Service:
         start = time.perf_counter()
         cut = self.limits.auto_truncate if truncate is None else truncate
         futures: list[Any] = []
-        gone = asyncio.ensure_future(_disconnected(request))
+        task, left = asyncio.current_task(), False
+
+        async def watch() -> None:
+            nonlocal left
+            await _disconnected(request)
+            left = True
+            task.cancel()  # pyright: ignore[reportOptionalMemberAccess]
+
+        gone = asyncio.ensure_future(watch())
         try:
-            work = asyncio.ensure_future(self.in_tokenizer(len(texts), self.tokenize, texts, prompt, cut))
-            ids, prompts, truncated = await _unless(gone, work)
+            ids, prompts, truncated = await self.in_tokenizer(len(texts), self.tokenize, texts, prompt, cut)
             self.tokenize_seconds.observe(time.perf_counter() - start)
             futures = batcher.submit(ids, prompts)
-            vectors = await _unless(gone, asyncio.gather(*map(asyncio.wrap_future, futures)))
-            vectors = np.stack(vectors)[:, : self.encoder.truncate_dim]
+            vectors = await asyncio.gather(*map(asyncio.wrap_future, futures))
+            if left:  # and the cancellation is still to come
+                await asyncio.sleep(0)
+        except asyncio.CancelledError:
+            if not left:
+                raise
+            if sys.version_info >= (3, 11):
+                task.uncancel()  # pyright: ignore[reportOptionalMemberAccess]
+            raise Refused(499, "the client left") from None
         except Refused:
             raise
         except QueueFullError as error:
@@ -193,7 +207,7 @@ class Service:
             gone.cancel()
             for future in futures:  # the others of a request of which one failed, or whose client left
                 future.cancel()
-        return Encoded(vectors, sum(map(len, ids)), truncated)
+        return Encoded(np.stack(vectors)[:, : self.encoder.truncate_dim], sum(map(len, ids)), truncated)
 
     async def in_tokenizer(self, count: int, function: Callable[..., Any], *arguments: Any) -> Any:
         """Call a function in the tokenizer's thread, if there is room in the queue for so many texts more."""
@@ -243,17 +257,6 @@ class Service:
         if dimensions not in self.limits.dimensions:
             raise Refused(400, f"dimensions {dimensions} is none of {sorted(self.limits.dimensions)}")
         return dimensions
-
-
-async def _unless(gone: asyncio.Future, work: asyncio.Future) -> Any:
-    """Await work; where the client leaves first, cancel it."""
-    await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
-    if work.done():
-        return work.result()
-    work.cancel()
-    with suppress(asyncio.CancelledError):  # or its end would be nobody's, and told on stderr
-        await work
-    raise Refused(499, "the client left")
 
 
 async def _disconnected(request: Request) -> None:
