@@ -63,7 +63,8 @@ def render(study: dict[str, Any]) -> str:
         "`python -m uncausal.bench.trials.study_report bench/study.json`. "
         f"`{settings['model']}`, {settings['depth']} layers kept in all but B, about {settings['tokens']:,} "
         f"tokens a stage (a part of them in B and C), {seeds} of training: {len(study['models'])} models, "
-        f"{minutes:.0f} minutes of training and {scoring:.0f} of encoding on {study['device']} ({versions}).",
+        f"{minutes:.0f} minutes of training and {scoring:.0f} of encoding by the clock, pauses included, on "
+        f"{study['device']} ({versions}).",
         "Scores are the means of the mini suite's eight families on the test split, with 95 % bootstrap "
         "intervals over test examples; differences are paired. The intervals say nothing of other seeds, "
         "data or budgets. The papers' models are ten to fifty times as large and saw hundreds of times the "
