@@ -78,8 +78,12 @@ def check_replaceable(path: Path) -> None:
 
 
 @contextmanager
-def staged_file(path: Path) -> Iterator[BinaryIO]:
-    """Yield a file open for writing beside `path`, which becomes `path` only if the block succeeds."""
+def staged_file(path: Path, new: bool = False) -> Iterator[BinaryIO]:
+    """Yield a file open for writing beside `path`, which becomes `path` only if the block succeeds.
+
+    Raises:
+        FileExistsError: with `new`, if there is a file by then; of two processes one is told.
+    """
     path = path.resolve()  # a link stays, and what it leads to is written
     staging, lock = _begin(path, folder=False)
     try:
@@ -87,7 +91,10 @@ def staged_file(path: Path) -> Iterator[BinaryIO]:
             yield file
         staging.chmod(0o666 & ~_umask())
         os.fsync(lock)
-        os.replace(staging, path)
+        if new:
+            _link_new(staging, path)
+        else:
+            os.replace(staging, path)
         _flush(path.parent)
     finally:
         staging.unlink(missing_ok=True)
@@ -180,6 +187,18 @@ def _link(source: str | Path, target: str | Path) -> None:
         os.link(source, target, follow_symlinks=False)
     except OSError:
         shutil.copy2(source, target, follow_symlinks=False)
+
+
+def _link_new(staging: Path, path: Path) -> None:
+    """Give a whole file the name `path`, where there is none; raises FileExistsError where there is one."""
+    try:
+        os.link(staging, path)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without second names: the look comes a moment before the step
+        if path.exists():
+            raise FileExistsError(path) from None
+        os.replace(staging, path)
 
 
 def _umask() -> int:

@@ -13,6 +13,7 @@ import pytest
 
 from uncausal import Encoder
 from uncausal.encoder.data.rows import DataError
+from uncausal.encoder.serving import corpus
 from uncausal.encoder.serving.corpus import (
     CorpusSettings,
     corpus_rows,
@@ -134,6 +135,20 @@ def test_other_settings_are_refused(encoder, whole, tmp_path):
         encode_corpus(encoder, ROWS, tmp_path, SETTINGS, shard=(3, 3))
     with pytest.raises(ValueError, match="dimension 999 is more than the model has: 32"):
         encode_corpus(encoder, ROWS, tmp_path, CorpusSettings(dimension=999))
+
+
+def test_of_two_runs_that_begin_a_folder_with_other_settings_one_is_refused(encoder, tmp_path, monkeypatch):
+    """Regression: both saw an empty folder, and it held shards of both."""
+    begin = corpus.staged_file
+
+    def meanwhile(file, **options):  # between the look at the folder and the manifest
+        monkeypatch.setattr(corpus, "staged_file", begin)
+        corpus.open_corpus(encoder, tmp_path, CorpusSettings(rows_per_shard=10, dtype="int8"))
+        return begin(file, **options)
+
+    monkeypatch.setattr(corpus, "staged_file", meanwhile)
+    with pytest.raises(ValueError, match=r"differs in dtype \('int8' there, 'float32' here\)"):
+        corpus.open_corpus(encoder, tmp_path, SETTINGS)
 
 
 def test_padded_encoder_is_refused(tiny_checkpoint, tmp_path):

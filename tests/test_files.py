@@ -65,6 +65,17 @@ def test_what_another_process_is_writing_stays(tmp_path, writer):
     assert names(out) == ["first"] if writer is staged else out.read_bytes() == b"first"
 
 
+@pytest.mark.parametrize("links", [True, False])
+def test_of_two_who_begin_a_new_file_one_is_told(tmp_path, monkeypatch, links):
+    if not links:
+        monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError("no second names here")))
+    with pytest.raises(FileExistsError), staged_file(tmp_path / "out", new=True) as late:
+        late.write(b"late")
+        with staged_file(tmp_path / "out", new=True) as first:
+            first.write(b"first")
+    assert names(tmp_path) == ["out"] and (tmp_path / "out").read_bytes() == b"first"
+
+
 def test_a_folder_that_a_killed_write_had_moved_away_is_put_back(tmp_path):
     """Where two folders cannot be swapped in one step, a kill between the two leaves neither in its place."""
     for name in (STAGED, STAGED + FORMER):

@@ -245,6 +245,24 @@ def test_what_has_no_room_is_refused_before_it_is_tokenised(encoder):
             assert server.call(method, path, body)[0] == 503
 
 
+def test_bodies_that_wait_are_bounded_in_bytes(encoder):
+    """Regression: a queue of 8,192 texts of two megabytes each was sixteen gigabytes."""
+    body = json.dumps({"inputs": ["river " * 3], "padding": "x" * 1000}).encode()
+    with Server(lambda: encoder, max_bytes=1500, max_waiting_bytes=2000) as server:
+        service, held, answers = server.ready().app.state.service, threading.Event(), []
+        service.batcher._vectors = lambda jobs: (held.wait(20), np.ones((len(jobs), 2)))[1]
+        first = threading.Thread(target=lambda: answers.append(server.call("POST", "/embed", body)[0]))
+        first.start()
+        wait_for(lambda: service.body_bytes == len(body))
+        status, headers, answer = server.call("POST", "/embed", body)
+        assert (status, headers["Retry-After"]) == (429, "1") and "full" in answer["error"]["message"]
+        assert server.call("POST", "/embed", b"{}")[0] == 422  # which has room
+        held.set()
+        first.join()
+        wait_for(lambda: service.body_bytes == 0)
+        assert answers == [200] and server.call("POST", "/embed", body)[0] == 200
+
+
 def test_a_long_list_of_wrong_items_is_one_error():
     """Regression: two megabytes of `[]` were two million errors, gigabytes, and seconds of the event loop."""
     for model, field in ((EmbedRequest, "inputs"), (EmbeddingsRequest, "input"), (TokenizeRequest, "inputs")):
@@ -343,9 +361,12 @@ def test_a_client_that_leaves_frees_what_waits(encoder, stage):
 
 
 def test_limits_are_checked(encoder):
-    for name in ("batch_tokens", "max_waiting", "max_texts", "max_bytes", "body_seconds"):
+    names = ("batch_tokens", "max_waiting", "max_texts", "max_bytes", "max_waiting_bytes", "body_seconds")
+    for name in names:
         with pytest.raises(ValueError, match=f"{name.replace('_', ' ')} is 0; it must be above 0"):
             Limits(**{name: 0})
+    with pytest.raises(ValueError, match="max waiting bytes is 9; it must not be below max bytes, 10"):
+        Limits(max_bytes=10, max_waiting_bytes=9)
     for dimension in (0, -1, 4096):
         with pytest.raises(ValueError, match=f"dimension {dimension} is none that tiny has: 1 to"):
             Limits(dimensions=(dimension,)).check(encoder, "tiny")
@@ -434,9 +455,9 @@ def test_full_queue_takes_all_of_a_request_or_none():
     batcher.submit([[1]])
     wait_for(lambda: batcher.waiting == 0)
     batcher.submit([[2]])
-    with pytest.raises(QueueFullError) as refusal:
+    with pytest.raises(QueueFullError):
         batcher.submit([[3], [4]])
-    assert batcher.waiting == 1 and refusal.value.retry_after >= 1
+    assert batcher.waiting == 1 and batcher.seconds_left() >= 1
     model.go.set()
     batcher.close()
     with pytest.raises(ClosedError, match="stopping"):

@@ -29,7 +29,9 @@ def serve(
     max_waiting: int = 8192,
     max_texts: int = 512,
     max_bytes: int = 2_000_000,
+    max_waiting_bytes: int = 100_000_000,
     body_seconds: float = 30.0,
+    stop_seconds: int = 30,
     auto_truncate: bool = False,
     dimensions: tuple[int, ...] = (),
     int8: bool = False,
@@ -47,7 +49,9 @@ def serve(
         max_waiting: texts in the queue; more are answered 429.
         max_texts: texts in one request; more are answered 413.
         max_bytes: bytes of a request's body; more are answered 413.
+        max_waiting_bytes: bytes of all bodies that are not answered yet; more are answered 429.
         body_seconds: seconds for a body to arrive; a slower client is answered 408.
+        stop_seconds: seconds that a stop leaves to requests which were accepted before it.
         auto_truncate: cut texts that are too long, instead of answering 422.
         dimensions: Matryoshka dimensions that may be asked for.
         int8: int8 weights, on a CPU: faster, less exact.
@@ -65,6 +69,7 @@ def serve(
         max_waiting=max_waiting,
         max_texts=max_texts,
         max_bytes=max_bytes,
+        max_waiting_bytes=max_waiting_bytes,
         body_seconds=body_seconds,
         auto_truncate=auto_truncate,
         api_key=read_api_key(api_key_file),
@@ -99,7 +104,7 @@ def serve(
     with listen(host, port) as listening:
         app = server.make_app(load, name or model, limits)
         running = uvicorn.Server(
-            uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=30)
+            uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=stop_seconds)
         )
         try:
             running.run(sockets=[listening])

@@ -27,11 +27,7 @@ class ClosedError(RuntimeError):
 
 
 class QueueFullError(RuntimeError):
-    """There is no room in the queue; come back in `retry_after` seconds."""
-
-    def __init__(self, retry_after: int):
-        super().__init__(f"overloaded: the queue is full; try again in {retry_after} s")
-        self.retry_after = retry_after
+    """There is no room in the queue."""
 
 
 class Job(NamedTuple):
@@ -102,7 +98,7 @@ class Batcher:
             if self.closing:
                 raise ClosedError("the server is stopping")
             if len(self.jobs) + len(texts) > self.max_waiting:
-                raise QueueFullError(self.seconds_left())
+                raise QueueFullError("the queue is full")
             lengths = prompt_lengths or [0] * len(texts)
             jobs = [Job(ids, length, Future(), now) for ids, length in zip(texts, lengths, strict=True)]
             self.jobs.extend(jobs)

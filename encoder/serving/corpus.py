@@ -17,6 +17,7 @@ import json
 import logging
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import count, islice
 from pathlib import Path
@@ -170,9 +171,8 @@ def open_corpus(encoder: SentenceTransformer, output: Path, settings: CorpusSett
     manifest = {"model": model_digest(encoder), "uncausal": uncausal.__version__, **asdict(settings)}
     file = output / "manifest.json"
     if not file.exists():
-        with staged_file(file) as out:
+        with suppress(FileExistsError), staged_file(file, new=True) as out:  # another process was first
             out.write(json.dumps(manifest, indent=1).encode())
-        return settings
     before = json.loads(file.read_text())
     changed = [key for key in {**before, **manifest} if before.get(key) != manifest.get(key)]
     if changed:

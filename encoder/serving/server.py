@@ -204,6 +204,23 @@ def make_app(load: Callable[[], Any], name: str, limits: Limits | None = None) -
     return app
 
 
+class Held:
+    """The bytes of one request's body, counted among those of all that are not answered yet."""
+
+    def __init__(self, service: Service):
+        self.service, self.bytes = service, 0
+
+    def take(self, count: int) -> None:
+        """Count so many more, or refuse."""
+        if self.service.body_bytes + count > self.service.limits.max_waiting_bytes:
+            raise self.service.overloaded()
+        self.service.body_bytes += count
+        self.bytes += count
+
+    def release(self) -> None:
+        self.service.body_bytes -= self.bytes
+
+
 class Guard:
     """Key, size and pace of a request before its route, its count and time behind it.
 
@@ -217,7 +234,7 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        start, status = time.perf_counter(), 500
+        start, status, held = time.perf_counter(), 500, Held(self.service)
 
         async def noting(message: Message) -> None:
             nonlocal status
@@ -229,12 +246,13 @@ class Guard:
             try:
                 self._check_key(scope)
                 if scope["method"] == "POST":
-                    receive = await self._read_body(scope, receive)
+                    receive = await self._read_body(scope, receive, held)
             except Refused as refusal:
                 await _refusal(refusal)(scope, receive, noting)
             else:
                 await self.app(scope, receive, noting)
         finally:
+            held.release()
             route = scope["path"] if scope["path"] in self.paths else "other"
             self.service.requests.labels(route, status).inc()
             self.service.seconds.labels(route).observe(time.perf_counter() - start)
@@ -247,7 +265,7 @@ class Guard:
         if not hmac.compare_digest(given.encode("latin-1"), key.encode()):  # as headers are decoded
             raise Refused(401, "wrong or missing API key")
 
-    async def _read_body(self, scope: Scope, receive: Receive) -> Receive:
+    async def _read_body(self, scope: Scope, receive: Receive, held: Held) -> Receive:
         """Read the body within the limits of size and time, and return what hands it to the route."""
         limits = self.service.limits
         too_large = Refused(413, f"the body is larger than {limits.max_bytes} bytes")
@@ -261,9 +279,11 @@ class Guard:
                 message = await receive()
                 if message["type"] == "http.disconnect":
                     raise Refused(499, "the client left")
-                body.extend(message.get("body", b""))
-                if len(body) > limits.max_bytes:
+                part = message.get("body", b"")
+                if len(body) + len(part) > limits.max_bytes:
                     raise too_large
+                held.take(len(part))
+                body.extend(part)
 
         try:
             await asyncio.wait_for(read(), limits.body_seconds)

@@ -34,6 +34,7 @@ class Limits:
         max_waiting: texts in the queue; more are answered 429.
         max_texts: in one request; more are answered 413.
         max_bytes: of a request's body; more are answered 413.
+        max_waiting_bytes: of all bodies that arrive or wait for their answers; more are answered 429.
         body_seconds: for a body to arrive; a slower client is answered 408.
         auto_truncate: cut texts that are too long, and say so in the header `X-Truncated-Texts`, instead of
             answering 422.
@@ -45,16 +46,19 @@ class Limits:
     max_waiting: int = 8192
     max_texts: int = 512
     max_bytes: int = 2_000_000
+    max_waiting_bytes: int = 100_000_000
     body_seconds: float = 30.0
     auto_truncate: bool = False
     api_key: str | None = None
     dimensions: Sequence[int] = ()
 
     def __post_init__(self) -> None:
-        for name in ("batch_tokens", "max_waiting", "max_texts", "max_bytes", "body_seconds"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
+        for name, value in vars(self).items():
+            if isinstance(value, (int, float)) and not isinstance(value, bool) and not value > 0:
                 raise ValueError(f"{name.replace('_', ' ')} is {value}; it must be above 0")
+        if self.max_waiting_bytes < self.max_bytes:
+            told = f"{self.max_waiting_bytes}; it must not be below max bytes, {self.max_bytes}"
+            raise ValueError(f"max waiting bytes is {told}")
 
     def check(self, encoder: Any, name: str) -> None:
         """Refuse, with ValueError, an encoder that cannot be served so."""
@@ -97,6 +101,7 @@ class Service:
         self.failure: Exception | None = None
         self.tokenizing = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")  # tokenizers share state
         self.untokenized = 0  # texts that wait for it
+        self.body_bytes = 0  # of requests that are not answered yet
         self.registry = registry = CollectorRegistry()
         self.requests = Counter(
             "uncausal_requests", "Requests by route and status", ["route", "status"], registry=registry
@@ -158,6 +163,11 @@ class Service:
             raise Refused(503, "the model's thread has ended: restart the server")
         return self.batcher
 
+    def overloaded(self) -> Refused:
+        """What is answered while there is no room."""
+        seconds = self.batcher.seconds_left() if self.batcher else 1
+        return Refused(429, f"overloaded: the queue is full; try again in {seconds} s", seconds)
+
     async def embed(
         self, request: Request, given: Any, *, prompt: str | None = None, truncate: bool | None = None
     ) -> Encoded:
@@ -197,8 +207,8 @@ class Service:
             raise Refused(499, "the client left") from None
         except Refused:
             raise
-        except QueueFullError as error:
-            raise Refused(429, str(error), error.retry_after) from None
+        except QueueFullError:
+            raise self.overloaded() from None
         except ClosedError as error:
             raise Refused(503, str(error)) from None
         except Exception as error:
@@ -213,8 +223,7 @@ class Service:
         """Call a function in the tokenizer's thread, if there is room in the queue for so many texts more."""
         batcher = self.ready()
         if batcher.waiting + self.untokenized + count > self.limits.max_waiting:
-            full = QueueFullError(batcher.seconds_left())
-            raise Refused(429, str(full), full.retry_after)
+            raise self.overloaded()
         self.untokenized += count
         try:
             return await asyncio.get_running_loop().run_in_executor(self.tokenizing, function, *arguments)
