@@ -333,7 +333,7 @@ def info_nce(
             over all queries of all ranks, and gradients equal those of one process holding the concatenated
             batch (a temperature receives its rank's share). DistributedDataParallel averages gradients: under
             it, multiply the gradient by the number of ranks, as `InfoNCELoss` does.
-        exchange: "all_gather" (fastest) or "ring" (holds the keys of one other rank at a time).
+        exchange: "all_gather" (fastest) or "ring" (holds the keys of two other ranks at a time).
         backend: "torch" and "triton" sweep over chunks or tiles of the logits; "dense" holds them all, with
             the fewest operations. "auto" is "torch" on a CPU; on a GPU "dense" below 2^25 logits, else
             "triton" for half precision and "torch" for fp32, whose products the library does best.

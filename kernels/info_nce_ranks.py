@@ -1,8 +1,8 @@
 """In-batch InfoNCE across ranks: the loss of the concatenated batch, ranks holding any number of rows each.
 
 all_gather: every rank holds all keys; one sweep over its own queries; the keys' gradients are summed back.
-ring: every rank holds one foreign block of keys at a time, which travels the ring once for the statistics and
-once, with its gradient, for the backward sweep.
+ring: every rank holds two foreign blocks of keys at a time, the one it works on and the one on its way. Keys
+travel the ring once for the statistics and once, with their gradient, for the backward sweep.
 
 Every rank returns the same loss and calls backward on it; then each input's gradient is the single process's.
 A temperature lives on every rank, so it receives this rank's share: their sum is the whole.
@@ -83,21 +83,25 @@ def sum_over_ranks(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     return _Sum.apply(x, group)
 
 
-def _pass_on(tensors: list[Tensor], rows: int, group: dist.ProcessGroup) -> list[Tensor]:
-    """Send blocks to the next rank, receive blocks of that many rows from the previous one."""
-    world, rank = dist.get_world_size(group), dist.get_rank(group)
-    after = dist.get_global_rank(group, (rank + 1) % world)
-    before = dist.get_global_rank(group, (rank - 1) % world)
-    received = [x.new_empty(rows, *x.shape[1:]) for x in tensors]
-    exchange = []
-    for x, y in zip(tensors, received, strict=True):
-        exchange += [
-            dist.P2POp(dist.isend, x.contiguous(), after, group),
-            dist.P2POp(dist.irecv, y, before, group),
-        ]
-    for request in dist.batch_isend_irecv(exchange):
-        request.wait()
-    return received
+class _Exchange:
+    """Blocks on their way, to the next rank and from the previous one, while other work goes on."""
+
+    def __init__(self, tensors: list[Tensor], rows: int, group: dist.ProcessGroup):
+        world, rank = dist.get_world_size(group), dist.get_rank(group)
+        after = dist.get_global_rank(group, (rank + 1) % world)
+        before = dist.get_global_rank(group, (rank - 1) % world)
+        self.sent = [x.contiguous() for x in tensors]  # held until they have left
+        self.received = [x.new_empty(rows, *x.shape[1:]) for x in tensors]
+        exchange = []
+        for x, y in zip(self.sent, self.received, strict=True):
+            exchange += [dist.P2POp(dist.isend, x, after, group), dist.P2POp(dist.irecv, y, before, group)]
+        self.requests = dist.batch_isend_irecv(exchange)
+
+    def wait(self) -> list[Tensor]:
+        """Return the blocks of the previous rank."""
+        for request in self.requests:
+            request.wait()
+        return self.received
 
 
 class _RingRows(torch.autograd.Function):
@@ -110,12 +114,15 @@ class _RingRows(torch.autograd.Function):
         block = [k] if col_ids is None else [k, col_ids]
         for step in range(world):
             keys, ids = block[0], block[1] if len(block) > 1 else None
+            coming = None
+            if step < world - 1:
+                coming = _Exchange(block, sizes[(rank - step - 1) % world], group)
             negatives = Negatives(row_ids, ids, 0 if step == 0 else len(keys), pairs.limit)
             with on_device(q):
                 block_lse = sweep_lse(q, keys, temperature, negatives, False)[0]
             lse = torch.logaddexp(lse, block_lse)
-            if step < world - 1:
-                block = _pass_on(block, sizes[(rank - step - 1) % world], group)
+            if coming is not None:
+                block = coming.wait()
         ctx.save_for_backward(q, k, hard, temperature, row_ids, col_ids, lse)
         ctx.options = margin, sizes, group, sweeps
         return pairs.loss(lse)
@@ -134,18 +141,27 @@ class _RingRows(torch.autograd.Function):
         weight, total = grad.contiguous(), torch.logaddexp(lse, pairs.pos)
         dq, dk = torch.zeros_like(pairs.qs), torch.zeros_like(k, dtype=pairs.qs.dtype)
         mass = torch.zeros_like(total)
-        block = [dk, k] if col_ids is None else [dk, k, col_ids]
+        block, home = [k] if col_ids is None else [k, col_ids], None
         for step in range(world):
-            dk, keys, ids = block[0], block[1], block[2] if len(block) > 2 else None
+            keys, ids = block[0], block[1] if len(block) > 1 else None
+            rows, coming = sizes[(rank - step - 1) % world], None
+            if step < world - 1:
+                coming = _Exchange(block, rows, group)
             negatives = Negatives(row_ids, ids, 0 if step == 0 else len(keys), pairs.limit)
             with on_device(q):
                 parts = sweep_gradients(q, keys, temperature, negatives, weight, total, None)
             dq += parts[0]
-            dk += parts[1]
             mass += parts[2]
-            # After as many hops as ranks a block is home, with what all ranks added to its gradient.
-            block = _pass_on(block, sizes[(rank - step - 1) % world], group)
-        dk = block[0]
+            # A block's gradient follows it a sweep later. After as many hops as ranks it is home, with what
+            # all ranks added to it.
+            if home is not None:
+                (dk,) = home.wait()
+            dk += parts[1]
+            home = _Exchange([dk], rows, group)
+            if coming is not None:
+                block = coming.wait()
+        assert home is not None
+        (dk,) = home.wait()
         dq, dhard, dtemperature = pairs.gradients(dq, dk[: len(q)], mass, weight, total)
         found = (dq, dk, dhard, dtemperature)
         return *(g.to(x.dtype) for g, x in zip(found, (q, k, hard, temperature), strict=True)), *[None] * 6
@@ -163,7 +179,7 @@ def ring_rows(
     group: dist.ProcessGroup,
     sweeps: tuple[Callable, Callable],
 ) -> Tensor:
-    """Loss per local query (B,) against the keys of all ranks, of which only one foreign block is held.
+    """Loss per local query (B,) against the keys of all ranks, of which two foreign blocks are held.
 
     Args:
         q, k, hard, temperature: this rank's (B, D), (M, D), (B, K, D) and (); key i is query i's positive.

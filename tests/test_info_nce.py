@@ -7,6 +7,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -513,6 +514,34 @@ def _check_exchanges() -> None:
     assert sum(told) == 1, told
 
 
+def _check_overlap(world: int) -> None:
+    """The ring works on one block while the next is on its way; gradients travel beside the next sweep."""
+    events = []
+    exchange, sweeps = dist.batch_isend_irecv, module._sweeps("torch")
+
+    def noted(event, function):
+        return lambda *arguments: (events.append(event), function(*arguments))[1]
+
+    def on_its_way(operations):
+        events.append("send")
+        first, *others = exchange(operations)
+        return [SimpleNamespace(wait=noted("wait", first.wait)), *others]
+
+    query, key = torch.randn(3, 8, requires_grad=True), torch.randn(3, 8, requires_grad=True)
+    noted_sweeps = tuple(noted("sweep", sweep) for sweep in sweeps)
+    with (
+        mock.patch.object(dist, "batch_isend_irecv", on_its_way),
+        mock.patch.object(module, "_sweeps", lambda backend: noted_sweeps),
+    ):
+        loss = info_nce(query, key, group=dist.group.WORLD, exchange="ring")
+        assert events == ["send", "sweep", "wait"] * (world - 1) + ["sweep"], events
+        events.clear()
+        loss.backward()
+    keys, gradient = ["send", "sweep"], ["send", "wait"]
+    later = [*keys, "wait", *gradient] * (world - 2)  # the gradient of the sweep before comes in
+    assert events == [*keys, *gradient, *later, "sweep", "wait", "send", "wait"], events
+
+
 def _main(store: str, *numbers: str) -> None:
     *sizes, rank = map(int, numbers)
     dist.init_process_group("gloo", store=dist.FileStore(store, len(sizes)), rank=rank, world_size=len(sizes))
@@ -520,6 +549,7 @@ def _main(store: str, *numbers: str) -> None:
         _check_rank(rank, sizes)
         _check_gather(rank, sizes)
         _check_exchanges()
+        _check_overlap(len(sizes))
         dist.barrier()  # nobody leaves while another still reads
     finally:
         dist.destroy_process_group()
