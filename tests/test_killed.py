@@ -95,7 +95,10 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize("kind", ["mntp", "simcse", "contrastive", "instruction", "distill"])
 def test_killed_training_goes_on_to_the_same_bits(folder, kind, tmp_path):
     data = folder / ("texts.txt" if kind in ("mntp", "simcse", "distill") else "rows.jsonl")
-    own = {"mntp": ["--chunk-tokens=16"], "distill": [f"--vectors={folder / 'vectors.npy'}"]}.get(kind, [])
+    own = {
+        "mntp": ["--chunk-tokens=16", "--lens-steps=3"],
+        "distill": [f"--vectors={folder / 'vectors.npy'}"],
+    }.get(kind, [])
 
     def train(output: Path, kill_at: int = 0) -> tuple[int | None, int]:
         return run(

@@ -445,6 +445,38 @@ def test_mntp_micro_batches_divide_by_the_batchs_masked_tokens(checkpoint, tmp_p
     assert curves[2] == pytest.approx(curves[0], abs=1e-5)
 
 
+def test_a_lens_is_tuned_before_the_model_and_leaves_it_as_it_is(checkpoint):
+    """The first loss is lower by what the map learnt; a resumed run, which tunes it again, has its bits."""
+    encoder = load(checkpoint)
+    before = {name: value.clone() for name, value in encoder.state_dict().items()}
+    rows = torch.randint(3, len(encoder.tokenizer), (6, 8))
+    rows[:, ::2] = 5  # something to learn
+    chunks = MaskedChunks(
+        rows, 40, 1, MNTP(mask_share=1, random_share=0).mask_settings(encoder.tokenizer, encoder.backbone)
+    )
+    models = [MaskedNextToken(encoder.backbone, torch.randn(len(encoder.tokenizer), 32) / 6) for _ in "123"]
+    models[1]._head = models[2]._head = models[0]._head
+    for model in models[1:]:
+        model.tune_lens(chunks, 4)
+    batch = {name: torch.stack([chunks[i][name] for i in range(6)]) for name in chunks[0]}
+    untuned, tuned, again = (model(**batch)["loss"].item() for model in models)
+    assert tuned == again and tuned < untuned - 0.02
+    assert not any(parameter.requires_grad for parameter in models[1].lens.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
+    assert all(parameter.grad is None for parameter in encoder.parameters())
+
+
+def test_mntp_with_a_lens_trains_and_saves_none(checkpoint, tmp_path):
+    options = {"max_steps": 4, "batch_size": 4, "chunk_tokens": 8, "lora_dropout": 0.0, **FAST}
+    plain, tuned = (
+        losses(train(load(checkpoint), MNTP(lens_steps=n, **options), TEXTS, tmp_path / str(n)))
+        for n in (0, 30)
+    )
+    assert tuned[0] < plain[0] and len(tuned) == 4
+    saved = [path.name for path in (tmp_path / "30" / "adapter").iterdir()]
+    assert sorted(saved) == sorted(path.name for path in (tmp_path / "0" / "adapter").iterdir())
+
+
 def test_masked_chunks_depend_on_their_number_alone():
     """Masks came from the process's random state, which is the same on all ranks."""
     mask = {"probability": 0.5, "mask_share": 1.0, "random_share": 0.0, "mask_id": 0, "vocab_size": 99}

@@ -116,6 +116,7 @@ def models(depth: int, depths: Sequence[int]) -> dict[str, Model]:
         "bidirectional": Model(LANGUAGE_MODEL, (kept(depth),), bidirectional=True),
         "mntp": Model(LANGUAGE_MODEL, (mntp, kept(depth)), bidirectional=True),
         "mntp-pruned_first": Model("bidirectional", (pruned_first,)),
+        "mntp-lens": Model("bidirectional", (tuned(pruned_first, lens_steps=50),)),
         "simcse": Model("bidirectional", (simcse,)),
         "mntp+simcse": Model("mntp", (simcse,)),
         "causal+simcse": Model(f"causal-{depth}", (simcse,)),
@@ -194,7 +195,7 @@ def rest(causal: str) -> dict[str, Cell]:
     for pooling in ("latent", "last_token"):
         found[f"instruction.{pooling}"] = Cell("A", f"instruction-{pooling}", "instruction.mean")
     found["supervised-twice.mean"] = Cell("A", "supervised-twice", f"{causal}.mean")
-    for name in ("causal+simcse", "mntp-pruned_first"):
+    for name in ("causal+simcse", "mntp-pruned_first", "mntp-lens"):
         found[f"{name}.mean"] = Cell("A", name, f"{causal}.mean")
     found["distilled.latent"] = Cell("A", "distilled-latent", "distilled.mean")
     return found
@@ -216,6 +217,11 @@ def claims(depth: int, depths: Sequence[int]) -> list[Claim]:
         ),
         Claim("LLM2Vec", "MNTP mends it", (("mntp.mean", "bidirectional.mean"),)),
         Claim("fusion", "MNTP before pruning > after", (("mntp.mean", "mntp-pruned_first.mean"),)),
+        Claim(
+            "fusion",
+            "after pruning, a tuned lens helps MNTP",
+            (("mntp-lens.mean", "mntp-pruned_first.mean"),),
+        ),
         Claim("LLM2Vec", "MNTP passes the causal model", (("mntp.mean", f"{causal}.mean"),)),
         Claim(
             "LLM2Vec",

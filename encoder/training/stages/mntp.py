@@ -35,6 +35,8 @@ class MNTP(Stage):
         mask_token: by default the tokenizer's, or "_" where it has none.
         head: checkpoint with the language model's head, if the weights are not tied and the model was not
             loaded from it.
+        lens_steps: for a pruned model, whose last layer the head was not made for: batches on which a linear
+            map between the two is tuned first, alone (tuned lens, arXiv 2303.08112). It is not saved.
     """
 
     gradient_checkpointing: bool = True
@@ -44,10 +46,12 @@ class MNTP(Stage):
     random_share: float = 0.1
     mask_token: str | None = None
     head: str | None = None
+    lens_steps: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require("chunk_tokens", self.chunk_tokens >= 2, "at least 2")
+        self._require("lens_steps", self.lens_steps >= 0, "at least 0")
         self._require("mask_probability", 0 < self.mask_probability <= 1, "in (0, 1]")
         self._require("mask_share", 0 <= self.mask_share <= 1, "in [0, 1]")
         rest = 1 - self.mask_share
@@ -89,9 +93,12 @@ class MNTP(Stage):
             weight, bias = weight.bfloat16(), None if bias is None else bias.bfloat16()
         mask = self.mask_settings(encoder.tokenizer, backbone)
         masked = MaskedChunks(dataset, self.max_steps * self.batch_size, self.seed, mask)
-        return MaskedTrainer(
-            MaskedNextToken(backbone, weight, bias), args, default_data_collator, cast(Any, masked)
-        )
+        model = MaskedNextToken(backbone, weight, bias)
+        if self.lens_steps:
+            rows = MaskedChunks(dataset, self.lens_steps * self.batch_size, self.seed + 1, mask)
+            # on the device that the Trainer will move them to
+            model.to(args.device).tune_lens(rows, self.batch_size)
+        return MaskedTrainer(model, args, default_data_collator, cast(Any, masked))
 
     def mask_settings(self, tokenizer: Any, backbone: Any) -> dict[str, Any]:
         """The arguments of `mask_tokens` but for the tokens themselves."""
@@ -131,6 +138,29 @@ class MaskedNextToken(nn.Module):
         config = backbone.config
         self.logit_scale = getattr(config, "logit_scale", None) or 1 / getattr(config, "logits_scaling", 1)
         self.softcap = getattr(config, "final_logit_softcapping", None)
+        self.lens: nn.Linear | None = None
+
+    def tune_lens(self, rows: "MaskedChunks", batch_size: int) -> None:
+        """Learn a map (d, d) of the last hidden states by which the head predicts best; it stays as it is.
+
+        What is learnt depends on the model and the rows alone: a resumed run learns it again.
+        """
+        width = self._head[0].shape[1]
+        self.lens = lens = nn.Linear(width, width, device=self._head[0].device)
+        nn.init.eye_(lens.weight)
+        nn.init.zeros_(lens.bias)
+        optimizer = torch.optim.AdamW(lens.parameters(), 1e-3, weight_decay=0.0)
+        training = self.backbone.training
+        self.backbone.eval()
+        for first in range(0, len(rows), batch_size):
+            batch = default_data_collator([rows[i] for i in range(first, first + batch_size)])
+            with torch.no_grad():
+                hidden = self.hidden_states(batch["input_ids"].to(lens.weight.device))
+            self.loss(hidden, batch["labels"].to(lens.weight.device)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        self.backbone.train(training)
+        lens.requires_grad_(False)
 
     def forward(
         self, input_ids: Tensor, labels: Tensor, num_items_in_batch: Tensor | None = None
@@ -140,6 +170,10 @@ class MaskedNextToken(nn.Module):
         The Trainer counts the masked tokens of the whole batch, over its micro-batches and processes, in
         `num_items_in_batch`; the sum of the losses is then divided by that.
         """
+        return {"loss": self.loss(self.hidden_states(input_ids), labels, num_items_in_batch)}
+
+    def hidden_states(self, input_ids: Tensor) -> Tensor:
+        """The backbone's last hidden states (B, L, d)."""
         rows, length = input_ids.shape
         kwargs: dict[str, Any] = {"input_ids": input_ids}
         if self.backbone.config._attn_implementation == packed_attention.NAME:
@@ -154,9 +188,14 @@ class MaskedNextToken(nn.Module):
                 "max_length_k": length,
                 "layout": PackedLayout.from_shape(rows, length, device),
             }
-        hidden = self.backbone(**kwargs, use_cache=False).last_hidden_state.view(rows, length, -1)
+        return self.backbone(**kwargs, use_cache=False).last_hidden_state.view(rows, length, -1)
+
+    def loss(self, hidden: Tensor, labels: Tensor, num_items_in_batch: Tensor | None = None) -> Tensor:
+        """The mean loss of what is masked, from the hidden states (B, L, d)."""
         weight, bias = self._head
-        loss = masked_next_token_loss(
+        if self.lens is not None:
+            hidden = self.lens(hidden.to(self.lens.weight.dtype))
+        return masked_next_token_loss(
             hidden.to(weight.dtype),
             labels,
             weight,
@@ -165,7 +204,6 @@ class MaskedNextToken(nn.Module):
             softcap=self.softcap,
             num_items=num_items_in_batch,
         )
-        return {"loss": loss}
 
 
 class MaskedTrainer(StageTrainer):
