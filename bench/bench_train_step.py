@@ -1,7 +1,9 @@
-"""A SimCSE training step, packed here and padded by sentence-transformers' trainer; what options cost a step.
+"""Training steps, packed here and padded by sentence-transformers' trainer; what options cost a step.
 
 SmolLM2-135M's first 7 layers, LoRA on all projections, batches of 64 Wikipedia sentences of whatever length
-they have, attention dropout 0.3. Times are of whole steps, optimiser included, from the trainers' callbacks.
+they have, attention dropout 0.3 (SimCSE); 11 layers, 64 triplets of such sentences (supervised; that trainer
+leaves out padding only with FlashAttention, on a GPU). Times are of whole steps, optimiser included, from the
+trainers' callbacks.
 The options are those of a contrastive step of 64 triplets of such sentences: instructions and own negatives
 (the instruction stage), Matryoshka prefixes, GradCache, and with it a batch of 4,096. The short texts have 20
 to 30 tokens: 11 layers train on them and encode them with compiled attention, and without a compiler.
@@ -58,28 +60,37 @@ class StepClock(TrainerCallback):
             self.losses.append(logs["loss"])
 
 
-def ours(settings: Settings, texts: list[str], bf16: bool) -> Callable[[], StepClock]:
-    from uncausal import Encoder, SimCSE, train
+def ours(settings: Settings, data: list[Any], bf16: bool) -> Callable[[], StepClock]:
+    from uncausal import Contrastive, Encoder, SimCSE, train
 
-    layers = 1 if settings.dry else LAYERS
+    supervised = isinstance(data[0], dict)
     encoder = Encoder.from_pretrained(
-        checkpoint(settings), num_layers=layers, dtype="float32", device=settings.device
+        checkpoint(settings), num_layers=depth(settings, data), dtype="float32", device=settings.device
     )
     batch = 4 if settings.dry else BATCH
-    stage = SimCSE(
-        max_steps=len(texts) // batch, batch_size=batch, attention_dropout=DROPOUT, bf16=bf16, logging_steps=1
+    common: dict[str, Any] = {"batch_size": batch, "bf16": bf16, "logging_steps": 1}
+    common |= {"max_steps": len(data) // batch, "max_length": 128}
+    stage = (
+        Contrastive(**common, temperature=0.05) if supervised else SimCSE(**common, attention_dropout=DROPOUT)
     )
 
     def run() -> StepClock:
         clock = StepClock()
         with tempfile.TemporaryDirectory() as folder:
-            train(encoder, stage, texts, folder, callbacks=[clock], progress=False)
+            train(encoder, stage, data, folder, callbacks=[clock], progress=False)
         return clock
 
     return run
 
 
-def sentence_transformers(settings: Settings, texts: list[str], bf16: bool) -> Callable[[], StepClock]:
+def depth(settings: Settings, data: list[Any]) -> int:
+    """Layers that train on texts, or on triplets."""
+    if settings.dry:
+        return 1
+    return SHORT_LAYERS if isinstance(data[0], dict) else LAYERS
+
+
+def sentence_transformers(settings: Settings, data: list[Any], bf16: bool) -> Callable[[], StepClock]:
     from datasets import Dataset
     from peft import LoraConfig
     from sentence_transformers import (
@@ -95,18 +106,20 @@ def sentence_transformers(settings: Settings, texts: list[str], bf16: bool) -> C
     options = {"dtype": "float32", "attn_implementation": "sdpa"}
     model = SentenceTransformer(checkpoint(settings), device=settings.device, model_kwargs=options)
     backbone: Any = model[0].auto_model  # type: ignore[union-attr]
-    backbone.layers = backbone.layers[: 1 if settings.dry else LAYERS]
+    backbone.layers = backbone.layers[: depth(settings, data)]
     model.max_seq_length = 128
     model.add_adapter(LoraConfig(r=16, lora_alpha=32, lora_dropout=0.05, target_modules=list(LORA_TARGETS)))
-    pairs = Dataset.from_dict({"anchor": texts, "positive": texts})
+    supervised = isinstance(data[0], dict)
+    rows = Dataset.from_list(data if supervised else [{"anchor": x, "positive": x} for x in data])
+    dropout = 0.0 if supervised else DROPOUT
     batch = 4 if settings.dry else BATCH
 
     def run() -> StepClock:
         clock = StepClock()
-        with tempfile.TemporaryDirectory() as folder, attention_dropout(backbone, DROPOUT):
+        with tempfile.TemporaryDirectory() as folder, attention_dropout(backbone, dropout):
             arguments = SentenceTransformerTrainingArguments(
                 output_dir=folder,
-                max_steps=len(texts) // batch,
+                max_steps=len(data) // batch,
                 per_device_train_batch_size=batch,
                 learning_rate=3e-5,
                 bf16=bf16,
@@ -119,7 +132,7 @@ def sentence_transformers(settings: Settings, texts: list[str], bf16: bool) -> C
             )
             loss = MultipleNegativesRankingLoss(model, scale=20.0)
             trainer = SentenceTransformerTrainer(
-                model, arguments, train_dataset=pairs, loss=loss, callbacks=[clock]
+                model, arguments, train_dataset=rows, loss=loss, callbacks=[clock]
             )
             trainer.train()
         return clock
@@ -133,7 +146,7 @@ PROVIDERS: dict[str, Callable[..., Callable[[], StepClock]]] = {
 }
 
 
-def simcse(settings: Settings, bf16: bool) -> Contest:
+def beside_peer(settings: Settings, bf16: bool, supervised: bool) -> Contest:
     """The same sentences through both trainers; the first step of every training warms up, its loss is kept.
 
     Memory is what the process grew by from before a training to its highest point.
@@ -141,8 +154,9 @@ def simcse(settings: Settings, bf16: bool) -> Contest:
     if bf16 and not settings.full:
         pytest.skip("with --full")
     steps = 2 if settings.dry else STEPS
-    texts = sentences(steps * (4 if settings.dry else BATCH))
-    runs = {name: build(settings, texts, bf16) for name, build in PROVIDERS.items()}
+    count = steps * (4 if settings.dry else BATCH)
+    data: list[Any] = triplets(count, told=False) if supervised else sentences(count)
+    runs = {name: build(settings, data, bf16) for name, build in PROVIDERS.items()}
     facts: dict[str, dict[str, Any]] = {}
 
     def seconds(name: str) -> float:
@@ -153,7 +167,9 @@ def simcse(settings: Settings, bf16: bool) -> Contest:
 
     from transformers import AutoTokenizer
 
-    tokens = 2 * sum(map(len, AutoTokenizer.from_pretrained(checkpoint(settings))(texts)["input_ids"]))
+    texts = [text for row in data for text in row.values()] if supervised else 2 * data
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint(settings))
+    tokens = sum(map(len, tokenizer(texts, truncation=True, max_length=128)["input_ids"]))
     return Contest(
         {name: functools.partial(seconds, name) for name in runs},
         work={"tokens": tokens / steps},
@@ -268,7 +284,13 @@ def short(settings: Settings, case: str, bf16: bool) -> Contest:
 @pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
 def bench_simcse(record, bf16, provider):
-    record(simcse, provider, bf16)
+    record(beside_peer, provider, bf16, False)
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+def bench_supervised(record, bf16, provider):
+    record(beside_peer, provider, bf16, True)
 
 
 CASES = [(case, provider) for case, providers in OPTIONS.items() for provider in providers]
