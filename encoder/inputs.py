@@ -21,6 +21,7 @@ from torch import Tensor
 
 from uncausal.encoder import attention as packed_attention
 from uncausal.encoder.adapters import load_adapter
+from uncausal.encoder.elementwise import use_whole_vectors
 from uncausal.encoder.linear import use_onednn
 from uncausal.encoder.loading import adapter_chain, ensure_pad_token
 
@@ -64,6 +65,7 @@ class PackedTransformer(Transformer):
         self._carried_end = False  # and whether an end token
         self._unframed: list[Any] = []  # the tokenizer's own post-processor, once it was replaced
         use_onednn(self.model)
+        use_whole_vectors(self.model)
         if self.tokenizer is not None:
             ensure_pad_token(self.tokenizer)
 

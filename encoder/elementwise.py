@@ -1,0 +1,88 @@
+"""Activations and rotary tables whose bits on a CPU depend on each number alone, on any number of threads.
+
+torch computes exp, cos and the like by whole vectors, and what is left at the end of a thread's share one by
+one, by another routine that may differ in the last bit. Where shares end depends on how many numbers there
+are: a text's vector would depend on its company, and a corpus on the machine. Here all shares are of whole
+vectors.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+from transformers.activations import ACT2FN
+
+SHARE = 32768  # numbers that torch leaves to one thread (at::internal::GRAIN_SIZE)
+LANES = (
+    64  # two vectors of bf16 in 512 bits are the longest step of torch's loops, and a multiple of the others
+)
+ACTIVATIONS = {
+    type(ACT2FN[name])
+    for name in ("silu", "swish", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "quick_gelu")
+}
+ROPES = {"default", "linear", "llama3", "yarn"}  # the others look at how long a batch's texts are
+
+
+def by_whole_vectors(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """function(x) of each number, in calls of which every thread gets a multiple of LANES."""
+    flat, threads = x.reshape(-1), torch.get_num_threads()
+    count = flat.numel() // LANES * LANES
+    step = SHARE if count < SHARE * threads else LANES * threads
+    shared = count // step * step
+    found = [function(part) for part in (flat[:shared], flat[shared:count]) if len(part)]
+    if rest := flat.numel() - count:
+        found.append(function(pad(flat[count:], (0, LANES - rest)))[:rest])
+    return (found[0] if len(found) == 1 else torch.cat(found)).view(x.shape)
+
+
+class _Whole(nn.Module):
+    """Stands before another class, of which a module was before."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        mixin, kind = type(self).__bases__
+        return _new, (mixin, kind), self.__dict__
+
+
+class _Activation(_Whole):
+    def forward(self, input: Tensor) -> Tensor:
+        if input.device.type != "cpu" or torch.is_grad_enabled() or not input.numel():
+            return super().forward(input)
+        return by_whole_vectors(super().forward, input)
+
+
+class _Rotary(_Whole):
+    inv_freq: Tensor
+
+    def forward(self, x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        packed = position_ids.dim() == 2 and len(position_ids) == 1
+        if x.device.type != "cpu" or torch.is_grad_enabled() or not packed:
+            return super().forward(x, position_ids, *args, **kwargs)
+        length, width = position_ids.shape[1], 2 * self.inv_freq.numel()
+        rows = max(SHARE // (width * LANES), 1) * LANES  # whole vectors, and one thread's, whatever the width
+        parts = pad(position_ids, (0, -length % LANES)).split(rows, 1)
+        tables = [super(_Rotary, self).forward(x, part, *args, **kwargs) for part in parts]
+        return tuple(torch.cat(table, 1)[:, :length] for table in zip(*tables, strict=True))
+
+
+@functools.cache
+def _whole(mixin: type, kind: type) -> type:
+    return type(kind.__name__, (mixin, kind), {})
+
+
+def _new(mixin: type, kind: type) -> Any:
+    return object.__new__(_whole(mixin, kind))
+
+
+def use_whole_vectors(model: nn.Module) -> None:
+    """Let a model's activations and rotary tables compute so, in place, where gradients are off."""
+    for module in model.modules():
+        kind = type(module)
+        if kind in ACTIVATIONS:
+            module.__class__ = _whole(_Activation, kind)
+        elif kind.__name__.endswith("RotaryEmbedding") and getattr(module, "rope_type", None) in ROPES:
+            module.__class__ = _whole(_Rotary, kind)

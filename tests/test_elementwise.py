@@ -1,0 +1,86 @@
+"""The bits of a number do not depend on how many there are, nor a text's on its company or the threads."""
+
+import copy
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from uncausal import Encoder
+from uncausal.encoder.elementwise import by_whole_vectors
+
+
+@pytest.fixture
+def threads():
+    """Sets the number of torch's threads, for the length of a test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("width", [1536, 864, 70])
+def test_bits_are_those_of_one_thread(threads, width, dtype):
+    """Regression: at 8 threads silu had other bits for 32 of 260 numbers of rows."""
+    x = torch.randn(300, width, generator=torch.Generator().manual_seed(0)).to(dtype)
+    threads(1)
+    expected = {f: by_whole_vectors(f, x) for f in (F.silu, torch.cos)}
+    for f, whole in expected.items():
+        torch.testing.assert_close(whole, f(x))
+    for count in (1, 2, 3, 8):
+        threads(count)
+        for f, whole in expected.items():
+            for rows in (*range(1, 300, 13), 86, 300):
+                assert torch.equal(by_whole_vectors(f, x[:rows]), whole[:rows]), (count, rows)
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory, tiny_checkpoint):
+    """Layers as wide as SmolLM2's, and texts of a hundred tokens and more."""
+    folder = tmp_path_factory.mktemp("wide")
+    tokenizer = Encoder.from_pretrained(tiny_checkpoint).tokenizer
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=2,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+    )
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    words = "the a cat dog king sees likes paints river music".split()
+    texts = [" ".join(words[(i * k + k // 7) % 10] for k in range(60 + 11 * i)) for i in range(12)]
+    return folder, texts
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_texts_vector_is_its_own_at_any_number_of_threads(threads, wide, dtype):
+    folder, texts = wide
+    encoder = Encoder.from_pretrained(folder, device="cpu", dtype=dtype, max_seq_length=512)
+    threads(1)
+    expected = encoder.encode(texts)
+    for count in (2, 3, 8):
+        threads(count)
+        assert np.array_equal(encoder.encode(texts), expected), count
+        alone = np.stack([encoder.encode(text) for text in texts])
+        assert np.array_equal(alone, expected), count
+
+
+def test_modules_keep_their_names_and_travel(wide):
+    folder, _ = wide
+    backbone = Encoder.from_pretrained(folder, device="cpu", dtype="float32").backbone
+    plain = AutoModelForCausalLM.from_pretrained(folder).model
+    x, positions = torch.randn(3, 70), torch.arange(700)[None]
+    with torch.no_grad():
+        for name, given in (("layers.0.mlp.act_fn", (x,)), ("rotary_emb", (x, positions))):
+            module, before = backbone.get_submodule(name), plain.get_submodule(name)
+            assert repr(module) == repr(before) and isinstance(module, type(before))
+            for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+                assert type(twin) is type(module)
+                torch.testing.assert_close(twin(*given), module(*given), rtol=0, atol=0)
+            torch.testing.assert_close(module(*given), before(*given))
