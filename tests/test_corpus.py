@@ -1,5 +1,6 @@
 """Corpora in shards: interrupted, resumed and shared runs write the bytes of an undisturbed one."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from uncausal import Encoder
 from uncausal.encoder.data.rows import DataError
@@ -30,6 +32,15 @@ SETTINGS = CorpusSettings(rows_per_shard=10)
 @pytest.fixture(scope="module")
 def encoder(tiny_checkpoint):
     return Encoder.from_pretrained(tiny_checkpoint, device="cpu", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def other(tiny_checkpoint):
+    """Another model of the same shape."""
+    found = Encoder.from_pretrained(tiny_checkpoint, device="cpu", dtype="float32")
+    with torch.no_grad():
+        found.backbone.get_input_embeddings().weight.mul_(-1)
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -149,6 +160,73 @@ def test_of_two_runs_that_begin_a_folder_with_other_settings_one_is_refused(enco
     monkeypatch.setattr(corpus, "staged_file", meanwhile)
     with pytest.raises(ValueError, match=r"differs in dtype \('int8' there, 'float32' here\)"):
         corpus.open_corpus(encoder, tmp_path, SETTINGS)
+
+
+def test_shards_of_a_folder_begun_anew_meanwhile_are_not_taken_for_done(encoder, other, whole, tmp_path):
+    """Regression: one process went on in a folder that another model's had begun, and its shards stayed."""
+    settings, made_by = corpus.open_corpus(encoder, tmp_path, SETTINGS)
+    (tmp_path / "manifest.json").unlink()
+    corpus.open_corpus(other, tmp_path, SETTINGS)
+    corpus.encode_shard(encoder, ROWS[:10], tmp_path, 0, settings, made_by)
+    result = encode_corpus(other, ROWS, tmp_path, SETTINGS)
+    assert (result.encoded, result.found) == (57, 0) and read_corpus(tmp_path).num_rows == 57
+    corpus.encode_shard(encoder, ROWS[:10], tmp_path, 0, settings, made_by)
+    (tmp_path / "input.json").write_bytes(whole["input.json"])
+    with pytest.raises(ValueError, match="part-00000.parquet: was made by another model or other settings"):
+        read_corpus(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "null", "", "\xff"])
+@pytest.mark.parametrize("name", ["input.json", "manifest.json", "part-00002.json"])
+def test_damaged_notes_are_told_by_name(encoder, whole, tmp_path, name, content):
+    for file, written in whole.items():
+        (tmp_path / file).write_bytes(written)
+    (tmp_path / name).write_bytes(content.encode("latin-1"))
+    with pytest.raises(ValueError, match=f"{name}: is damaged"):
+        read_corpus(tmp_path)
+    if name == "manifest.json":
+        with pytest.raises(ValueError, match=f"{name}: is damaged"):
+            encode_corpus(encoder, ROWS, tmp_path, SETTINGS)
+    else:
+        encode_corpus(encoder, ROWS, tmp_path, SETTINGS)
+        assert contents(tmp_path) == whole
+
+
+def test_damaged_shards_are_not_read(whole, tmp_path):
+    for file, written in whole.items():
+        (tmp_path / file).write_bytes(written)
+    (tmp_path / "part-00003.parquet").write_bytes(whole["part-00002.parquet"])
+    with pytest.raises(ValueError, match="part-00003.parquet: does not hold what was written"):
+        read_corpus(tmp_path)
+
+
+def test_a_shard_is_read_once(encoder, whole, tmp_path, monkeypatch):
+    """Regression: what was checked was not what was read, where another run put its own in the place."""
+    for file, written in whole.items():
+        (tmp_path / file).write_bytes(written)
+    digest = corpus._digest_of
+
+    def meanwhile(content):
+        (tmp_path / "part-00000.parquet").write_bytes(whole["part-00001.parquet"])
+        return digest(content)
+
+    monkeypatch.setattr(corpus, "_digest_of", meanwhile)
+    with contextlib.suppress(ValueError):
+        assert read_corpus(tmp_path)["id"].to_pylist() == [id for id, _ in ROWS]
+
+
+def test_what_does_not_fit_float16_and_no_rows_are_refused(encoder, tmp_path):
+    with pytest.raises(ValueError, match="holds no row"):
+        encode_corpus(encoder, [], tmp_path / "empty", SETTINGS)
+    huge = Encoder(modules=[*encoder, torch.nn.Identity()])
+    huge.spec = encoder.spec
+    huge[-1].forward = lambda features: {
+        **features,
+        "sentence_embedding": features["sentence_embedding"] * 1e6,
+    }
+    with pytest.raises(ValueError, match="is not finite"):
+        encode_corpus(huge, ROWS, tmp_path / "half", CorpusSettings(dtype="float16"))
+    assert encode_corpus(huge, ROWS, tmp_path / "single", CorpusSettings()).encoded == 57
 
 
 def test_padded_encoder_is_refused(tiny_checkpoint, tmp_path):

@@ -70,6 +70,24 @@ def contents(path: Path) -> tuple[list, np.ndarray]:
     return [files, [row[:-1] for row in rows]], vectors
 
 
+def test_of_two_models_that_begin_an_index_one_is_refused(encoders, tmp_path, monkeypatch):
+    """Regression: the one that came later wrote its name over the vectors of the other."""
+    folder = write(tmp_path / "code", a_py=SUM)
+    check = indexing._document_prompt
+
+    def meanwhile(encoder):  # between the look at the index and what is written into it
+        monkeypatch.setattr(indexing, "_document_prompt", check)
+        update_index(tmp_path / "x.db", folder, encoders[1])
+        return check(encoder)
+
+    monkeypatch.setattr(indexing, "_document_prompt", meanwhile)
+    with pytest.raises(ValueError, match="another process began this index meanwhile: run the same again"):
+        update_index(tmp_path / "x.db", folder, encoders[0])
+    with pytest.raises(ValueError, match="another model"):
+        update_index(tmp_path / "x.db", folder, encoders[0])
+    assert Index(tmp_path / "x.db").search(encoders[1], ["add"])
+
+
 def test_passages_of_python():
     found = passages("a.py", f"import os\n\n\n{SUM}\n\n{READ}".encode())
     assert [(p.name, p.line, p.end_line) for p in found] == [

@@ -71,8 +71,13 @@ def encode(
         name = "vector_dtype" if next(iter(given)) == "dtype" else next(iter(given))
         raise ValueError(f"--{name.replace('_', '-')} is for a folder of shards: end the output in /")
     turn = shard_of(given.pop("shard", "0/1"))
-    if given.pop("engine", None) and turn != (0, 1):
-        raise ValueError("--shard is for --engine local: Ray shares the work out by itself")
+    if given.pop("engine", None):
+        if turn != (0, 1):
+            raise ValueError("--shard is for --engine local: Ray shares the work out by itself")
+        if input == "-":
+            raise ValueError(
+                "--engine ray reads files: a reader that Ray starts anew cannot go back in stdin"
+            )
     if engine == "local" and (workers, gpus) != (1, 0):
         raise ValueError("--workers and --gpus are for --engine ray; --shard I/N shares the work by itself")
     check_writable(file, folder=into_folder)

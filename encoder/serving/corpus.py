@@ -5,7 +5,7 @@ do not depend on who encodes it or when: a rerun, and other processes (`shard=(i
 
 manifest.json              settings, model digest and versions, the same for every process
 part-00000.parquet         columns id and embedding, written whole or not at all
-part-00000.json            rows, tokens, digest of the ids and texts it was made from, digest of the file
+part-00000.json            rows, tokens, digests of the manifest, of the ids and texts, and of the file
 input.json                 shards, rows and digest of the input, written by whoever has come to its end
 """
 
@@ -128,7 +128,8 @@ def encode_corpus(
         What was done.
 
     Raises:
-        ValueError: the folder holds shards of other settings or of another model, or an impossible argument.
+        ValueError: the folder holds shards of other settings or of another model, there are no rows, or an
+            impossible argument.
         OSError: the folder cannot be written.
     """
     settings, output = settings or CorpusSettings(), Path(output)
@@ -137,17 +138,17 @@ def encode_corpus(
         raise ValueError(
             f"shard {turn}/{turns} does not exist: there are the shards 0/{turns} to {turns - 1}/{turns}"
         )
-    settings = open_corpus(encoder, output, settings)
+    settings, made_by = open_corpus(encoder, output, settings)
     encoded = found = tokens = shards = total = 0
     digests: list[str] = []
     start = time.perf_counter()
     with tqdm(desc="Encoding", unit="text", disable=not show_progress_bar) as bar:
         for number, batch in cut_into_shards(rows, settings):
             if number % turns == turn:
-                if is_done(output, number, batch):
+                if is_done(output, number, batch, made_by):
                     found += len(batch)
                 else:
-                    tokens += encode_shard(encoder, batch, output, number, settings)
+                    tokens += encode_shard(encoder, batch, output, number, settings, made_by)
                     encoded += len(batch)
                     bar.set_postfix({"tokens/s": f"{tokens / (time.perf_counter() - start):,.0f}"})
                 bar.update(len(batch))
@@ -157,30 +158,55 @@ def encode_corpus(
     return CorpusResult(encoded, found, tokens, time.perf_counter() - start, shards)
 
 
-def open_corpus(encoder: SentenceTransformer, output: Path, settings: CorpusSettings) -> CorpusSettings:
+def open_corpus(
+    encoder: SentenceTransformer, output: Path, settings: CorpusSettings
+) -> tuple[CorpusSettings, str]:
     """Write the manifest, or make sure that the one there is the same.
 
     Returns:
-        The settings with the encoder's own prompt and dimension where they name none, as `encode` has them.
+        The settings with the encoder's own prompt and dimension where they name none, as `encode` has them;
+        and the manifest's digest, which every shard's note repeats: the folder may be begun anew meanwhile.
     """
     kept: Any = settings.dimension or encoder.truncate_dim
     settings = replace(settings, prompt=own_prompt(encoder, settings.prompt), dimension=kept)
     width = encoder.get_embedding_dimension() or 0
     if settings.dimension is not None and settings.dimension > width:
         raise ValueError(f"dimension {settings.dimension} is more than the model has: {width}")
-    manifest = {"model": model_digest(encoder), "uncausal": uncausal.__version__, **asdict(settings)}
+    # a GPU's bits are others
+    made = {"model": model_digest(encoder), "device": encoder.device.type, "uncausal": uncausal.__version__}
+    manifest = {**made, **asdict(settings)}
     file = output / "manifest.json"
     if not file.exists():
         with suppress(FileExistsError), staged_file(file, new=True) as out:  # another process was first
             out.write(json.dumps(manifest, indent=1).encode())
-    before = json.loads(file.read_text())
+    before = _read_json(file)
     changed = [key for key in {**before, **manifest} if before.get(key) != manifest.get(key)]
     if changed:
         shown = ", ".join(f"{k} ({before.get(k)!r} there, {manifest.get(k)!r} here)" for k in changed)
         raise ValueError(
             f"{output} holds a corpus that differs in {shown}: choose another folder, or remove it"
         )
-    return settings
+    return settings, _digest_of_json(manifest)
+
+
+def digest_of_manifest(output: Path) -> str:
+    """Of the manifest that is there; "" where there is none."""
+    file = output / "manifest.json"
+    return _digest_of_json(_read_json(file)) if file.exists() else ""
+
+
+def _digest_of_json(content: dict[str, Any]) -> str:
+    return _digest_of(json.dumps(content, sort_keys=True).encode())
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError(f"{file}: is damaged, and holds no JSON object: remove it and run the same again")
+    return found
 
 
 def cut_into_shards(
@@ -196,6 +222,8 @@ def cut_into_shards(
 
 def close_corpus(output: Path, digests: Sequence[str], rows: int) -> None:
     """Write what the input held, a digest a shard, where a process has come to its end."""
+    if not rows:
+        raise ValueError(f"{output}: the input holds no row, and there is nothing to encode")
     there = [file.stem.removeprefix("part-") for file in output.glob("part-*.parquet")]
     beyond = [int(number) for number in there if number.isdecimal() and int(number) >= len(digests)]
     if beyond:
@@ -219,16 +247,19 @@ def read_corpus(folder: str | Path) -> pa.Table:
     if not (folder / INPUT).exists():
         raise ValueError(f"{folder}: holds no corpus that is finished; run the same again")
     tables, digests = [], []
-    told = json.loads((folder / INPUT).read_text())
-    for number in range(told["shards"]):
+    told, made_by = _read_json(folder / INPUT), digest_of_manifest(folder)
+    for number in range(told.get("shards", 0)):
         file = _shard(folder, number)
         if not file.exists():
             raise ValueError(f"{file}: is missing; run the same again")
-        note = json.loads(_note(file).read_text()) if _note(file).exists() else {}
-        if note.get("file") != _digest_of(file.read_bytes()):
+        note = _read_json(_note(file)) if _note(file).exists() else {}
+        content = file.read_bytes()  # once: another run may be putting its own in the place
+        if note.get("file") != _digest_of(content):
             raise ValueError(f"{file}: does not hold what was written; run the same again")
-        digests.append(note["input"])
-        tables.append(pq.read_table(file))
+        if note.get("made_by") != made_by:
+            raise ValueError(f"{file}: was made by another model or other settings; run the same again")
+        digests.append(note.get("input", ""))
+        tables.append(pq.read_table(pa.BufferReader(content)))
     if told.get("input") != _digest_of("".join(digests).encode()):
         raise ValueError(f"{folder}: holds shards of more than one input; run the same again")
     return pa.concat_tables(tables)
@@ -260,8 +291,9 @@ def encode_shard(
     output: Path,
     number: int,
     settings: CorpusSettings,
+    made_by: str,
 ) -> int:
-    """Encode the rows of one shard and write it; returns their tokens."""
+    """Encode the rows of one shard and write it, with the manifest's digest; returns their tokens."""
     texts = [text for _, text in rows]
     vectors, tokens, cut = np.empty((0, 0), np.float32), 0, 0
     batches = iter_encode(encoder, texts, prompt=settings.prompt, batch_tokens=settings.batch_tokens)
@@ -276,21 +308,23 @@ def encode_shard(
         told = "shard %d: %d of %d texts were longer than %s tokens and were cut"
         logger.warning(told, number, cut, len(rows), limit)
     check_finite(vectors, texts)
-    table, content = pa.table({"id": [id for id, _ in rows], **_columns(vectors, settings)}), io.BytesIO()
+    columns = _columns(vectors, texts, settings)
+    table, content = pa.table({"id": [id for id, _ in rows], **columns}), io.BytesIO()
     pq.write_table(table, content)
     file, written = _shard(output, number), content.getvalue()
     (output / INPUT).unlink(missing_ok=True)  # with this shard the corpus is another, until a run ends
     with staged_file(file) as out:
         out.write(written)
     # not of what is there by now: another run may have put its own in the place
-    note = {"rows": len(rows), "tokens": tokens, "input": digest_of_rows(rows), "file": _digest_of(written)}
+    note = {"rows": len(rows), "tokens": tokens, "made_by": made_by}
+    note |= {"input": digest_of_rows(rows), "file": _digest_of(written)}
     with staged_file(_note(file)) as out:
         out.write(json.dumps(note).encode())
     release_memory()
     return tokens
 
 
-def _columns(vectors: np.ndarray, settings: CorpusSettings) -> dict[str, pa.Array]:
+def _columns(vectors: np.ndarray, texts: Sequence[str], settings: CorpusSettings) -> dict[str, pa.Array]:
     """The vectors as columns of the wanted type; int8 has a column of scales, vector = scale * embedding."""
     vectors = vectors[:, : settings.dimension]
     if settings.normalize:
@@ -300,20 +334,24 @@ def _columns(vectors: np.ndarray, settings: CorpusSettings) -> dict[str, pa.Arra
         scale = np.maximum(np.abs(vectors).max(1), 1e-12) / 127
         columns["scale"] = pa.array(scale.astype(np.float32))
         vectors = np.rint(vectors / scale[:, None])
-    flat = pa.array(np.ascontiguousarray(vectors, dtype=settings.dtype).reshape(-1))
+    with np.errstate(over="ignore"):
+        vectors = np.ascontiguousarray(vectors, dtype=settings.dtype)
+    check_finite(vectors, texts)  # float16 ends at 65,504
+    flat = pa.array(vectors.reshape(-1))
     return {"embedding": pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1]), **columns}
 
 
-def is_done(output: Path, number: int, rows: list[tuple[str, str]]) -> bool:
-    """Whether the shard is whole and was made of these rows."""
+def is_done(output: Path, number: int, rows: list[tuple[str, str]], made_by: str) -> bool:
+    """Whether the shard is whole and was made of these rows, under the manifest of this digest."""
     file = _shard(output, number)
     if not file.exists() or not _note(file).exists():
         return False
     try:
-        note = json.loads(_note(file).read_text())
-        return note["input"] == digest_of_rows(rows) and note["file"] == _digest_of(file.read_bytes())
-    except (ValueError, KeyError):
+        note = _read_json(_note(file))
+    except ValueError:
         return False
+    wanted = {"made_by": made_by, "input": digest_of_rows(rows), "file": _digest_of(file.read_bytes())}
+    return wanted.items() <= note.items()
 
 
 def _shard(output: Path, number: int) -> Path:

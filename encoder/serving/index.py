@@ -156,8 +156,14 @@ def update_index(
             rows["model"], spec = model or "", getattr(encoder, "spec", None)
             told["loading"] = spec.portable() if spec else {}
         rows |= {name: json.dumps(value) for name, value in told.items()}
-        with database:
-            database.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", rows.items())
+        write = "INSERT" if meta is None else "INSERT OR REPLACE"
+        try:
+            with database:
+                database.executemany(f"{write} INTO meta VALUES (?, ?)", rows.items())
+        except sqlite3.IntegrityError:
+            raise ValueError(
+                f"{path}: another process began this index meanwhile: run the same again"
+            ) from None
         return _update(database, folder, encode, bool(int8), progress)
 
 

@@ -26,6 +26,7 @@ from uncausal.encoder.serving.corpus import (
     CorpusSettings,
     close_corpus,
     cut_into_shards,
+    digest_of_manifest,
     digest_of_rows,
     encode_shard,
     is_done,
@@ -76,7 +77,7 @@ def encode_corpus_on_ray(
     def shards(_: Any) -> Iterator[dict[str, np.ndarray]]:
         try:
             for number, rows in cut_into_shards(read(), settings):
-                done = is_done(output, number, rows)
+                done = is_done(output, number, rows, digest_of_manifest(output))
                 texts = [] if done else rows
                 ids, texts = [id for id, _ in texts], [text for _, text in texts]
                 yield _shard_row(number, len(rows), ids, texts, digest=digest_of_rows(rows))
@@ -128,7 +129,7 @@ class Worker:
         self.output, self.failure = output, []
         try:
             self.encoder = load()
-            self.settings = open_corpus(self.encoder, output, settings)
+            self.opened = open_corpus(self.encoder, output, settings)
         except Exception as error:
             self.failure = _failure(error)
 
@@ -138,7 +139,7 @@ class Worker:
         failure, tokens = self.failure or list(batch["failure"][0]), 0
         if rows and not failure:
             try:
-                tokens = encode_shard(self.encoder, rows, self.output, int(batch["number"][0]), self.settings)
+                tokens = encode_shard(self.encoder, rows, self.output, int(batch["number"][0]), *self.opened)
             except Exception as error:
                 failure = _failure(error)
         told = {name: batch[name] for name in ("number", "rows", "digest")}
