@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import contextlib
 import gc
 import http.client
 import json
@@ -9,6 +10,7 @@ import socket
 import sys
 import threading
 import time
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,7 +20,9 @@ pytest.importorskip("fastapi", reason="the server needs `pip install uncausal[se
 import uvicorn
 from pydantic import ValidationError
 
+from uncausal.encoder.serving import server as server_module
 from uncausal.encoder.serving.batcher import Batcher, ClosedError, QueueFullError
+from uncausal.encoder.serving.guard import BoundedHeads
 from uncausal.encoder.serving.server import EmbeddingsRequest, EmbedRequest, TokenizeRequest, make_app
 from uncausal.encoder.serving.service import Limits, Refused, Service
 
@@ -31,7 +35,12 @@ class Server:
     def __init__(self, load, **limits):
         self.app = make_app(load, "tiny", Limits(**limits))
         config = uvicorn.Config(
-            self.app, host="127.0.0.1", port=0, log_level="error", timeout_graceful_shutdown=20
+            self.app,
+            http=BoundedHeads,
+            host="127.0.0.1",
+            port=0,
+            log_level="critical",
+            timeout_graceful_shutdown=20,
         )
         self.server = uvicorn.Server(config)
         self.thread = threading.Thread(target=self.server.run, daemon=True)
@@ -203,8 +212,10 @@ def test_metrics_count(server):
     def value(text, name):
         return sum(float(line.split()[-1]) for line in text.splitlines() if line.startswith(name + " "))
 
+    assert value(after, "uncausal_queue_size") == 0
     for name, more in (
         ('uncausal_requests_total{route="/embed",status="200"}', 1),
+        ("uncausal_tokenization_seconds_count", 1),
         ('uncausal_requests_total{route="/embed",status="400"}', 1),
         ("uncausal_batch_texts_sum", 4),
     ):
@@ -253,14 +264,113 @@ def test_bodies_that_wait_are_bounded_in_bytes(encoder):
         service.batcher._vectors = lambda jobs: (held.wait(20), np.ones((len(jobs), 2)))[1]
         first = threading.Thread(target=lambda: answers.append(server.call("POST", "/embed", body)[0]))
         first.start()
-        wait_for(lambda: service.body_bytes == len(body))
+        wait_for(lambda: service.held_bytes == len(body))
         status, headers, answer = server.call("POST", "/embed", body)
         assert (status, headers["Retry-After"]) == (429, "1") and "full" in answer["error"]["message"]
         assert server.call("POST", "/embed", b"{}")[0] == 422  # which has room
         held.set()
         first.join()
-        wait_for(lambda: service.body_bytes == 0)
+        wait_for(lambda: service.held_bytes == 0)
         assert answers == [200] and server.call("POST", "/embed", body)[0] == 200
+
+
+def connect(server, receive_buffer=None):
+    """A raw connection, which may be one that takes little of what is sent to it."""
+    connection = socket.socket()
+    if receive_buffer:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+    connection.settimeout(30)
+    connection.connect(("127.0.0.1", server.port))
+    return connection
+
+
+def post(path, body):
+    """The bytes of a request."""
+    head = f"POST {path} HTTP/1.1\r\nHost: a\r\nContent-Length: {len(body)}\r\n"
+    return head.encode() + b"Content-Type: application/json\r\n\r\n" + body
+
+
+def test_answers_that_nobody_reads_are_counted_and_cut_off(encoder, monkeypatch):
+    """Regression: they lay in memory, uncounted, for as long as the client stayed."""
+    monkeypatch.setattr(server_module, "MOST_TOKENS_TOLD", 10**6)  # more than a socket's buffers hold
+    body = json.dumps({"inputs": ["river " * 20_000] * 15}).encode()
+    with Server(lambda: encoder, body_seconds=2) as server:
+        service = server.ready().app.state.service
+        assert len(server.call("POST", "/tokenize", body)[2]) == 15
+        with connect(server, 4096) as reader:
+            reader.sendall(post("/tokenize", body))
+            wait_for(lambda: service.held_bytes > 10_000_000)  # the answer
+            assert server.call("POST", "/embed", {"inputs": "music"})[0] == 200
+            wait_for(lambda: service.held_bytes == 0)
+        found = server.call("GET", "/metrics")[2]
+        assert 'uncausal_requests_total{route="/tokenize",status="499"} 1.0' in found
+
+
+def test_tokenize_tells_no_more_than_it_says(server, monkeypatch):
+    monkeypatch.setattr(server_module, "MOST_TOKENS_TOLD", 30)
+    status, _, answer = server.call("POST", "/tokenize", {"inputs": ["river " * 16] * 2})
+    assert (status, "at most 30 are told" in answer["error"]["message"]) == (413, True)
+    assert server.call("POST", "/tokenize", {"inputs": "river " * 12})[0] == 200
+
+
+def test_heads_are_bounded(server):
+    """Regression: one connection's headers took memory for as long as it sent them."""
+    for line in (b"a: b\r\n", b"a" * 1000):  # many, or one that does not end
+        with connect(server) as connection:
+            connection.sendall(b"POST /embed HTTP/1.1\r\n" + (b"" if b":" in line else b"x: "))
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                for _ in range(200_000 // len(line)):
+                    connection.sendall(line)
+            with contextlib.suppress(ConnectionResetError):
+                assert b" 431 " in connection.recv(1000)
+        assert server.call("GET", "/health")[0] == 200
+    with connect(server) as connection:  # a long body is no head, nor are many requests of one connection
+        for _ in range(9):
+            connection.sendall(post("/embed", json.dumps({"inputs": "river", "x": "y" * 19_000}).encode()))
+            assert b" 200 " in connection.recv(65_536)
+
+
+def test_what_a_leaver_sent_is_forgotten(encoder):
+    """Regression: the tokenizer's thread kept the texts of clients that had left until it came to them."""
+
+    async def leave(service):
+        texts = Texts(["river"])
+        found.append(weakref.ref(texts))
+        work = asyncio.ensure_future(service.in_tokenizer(1, len, texts))
+        del texts
+        await asyncio.sleep(0)
+        work.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await work
+
+    class Texts(list):
+        pass
+
+    held, found = threading.Event(), []
+    service = Service(lambda: encoder, "tiny", Limits())
+    service.start()
+    service.tokenizing.submit(held.wait, 20)
+    asyncio.run(leave(service))
+    gc.collect()
+    assert found[0]() is None and service.untokenized == 0
+    held.set()
+    service.stop()
+
+
+def test_leavers_take_no_room():
+    model = Held()
+    batcher = Batcher(model, batch_tokens=1, max_waiting=2)  # type: ignore[arg-type]
+    batcher.submit([[1]])
+    wait_for(lambda: batcher.waiting == 0)
+    for future in batcher.submit([[2], [3]]):
+        future.cancel()
+    assert batcher.has_room(2) and not batcher.has_room(3)
+    stays = batcher.submit([[4]])
+    batcher.tokens_per_second = 0.1
+    assert batcher.waiting == 1 and batcher.seconds_left() == 10
+    model.go.set()
+    batcher.close()
+    assert stays[0].result()[0] == 4
 
 
 def test_a_long_list_of_wrong_items_is_one_error():
@@ -387,6 +497,8 @@ def test_key_is_asked_for(encoder):
         assert server.call("POST", "/embed", body)[0] == 401
         assert server.call("POST", "/embed", body, {"Authorization": "Bearer secreT"})[0] == 401
         assert server.call("POST", "/embed", body, {"Authorization": "Bearer secret"})[0] == 200
+        # what needs no key takes no body: strangers held the bytes that others may wait with
+        assert server.call("POST", "/health", b"x" * 5000)[0] == 401
     with Server(lambda: encoder, api_key="geheimnis\u00e4") as server:  # as clients send it
         key = "Bearer geheimnis\u00e4".encode().decode("latin-1")
         assert server.ready().call("POST", "/embed", body, {"Authorization": key})[0] == 200

@@ -29,7 +29,7 @@ def serve(
     max_waiting: int = 8192,
     max_texts: int = 512,
     max_bytes: int = 2_000_000,
-    max_waiting_bytes: int = 100_000_000,
+    max_waiting_bytes: int = 32_000_000,
     body_seconds: float = 30.0,
     stop_seconds: int = 30,
     auto_truncate: bool = False,
@@ -49,12 +49,13 @@ def serve(
         max_waiting: texts in the queue; more are answered 429.
         max_texts: texts in one request; more are answered 413.
         max_bytes: bytes of a request's body; more are answered 413.
-        max_waiting_bytes: bytes of all bodies that are not answered yet; more are answered 429.
-        body_seconds: seconds for a body to arrive; a slower client is answered 408.
+        max_waiting_bytes: bytes of all requests and answers on their way; more are answered 429.
+        body_seconds: seconds for a body to arrive, or a client is answered 408, and for a part of an answer
+            to leave, or it is cut off.
         stop_seconds: seconds that a stop leaves to requests which were accepted before it.
         auto_truncate: cut texts that are too long, instead of answering 422.
         dimensions: Matryoshka dimensions that may be asked for.
-        int8: int8 weights, on a CPU: faster, less exact.
+        int8: int8 weights, on a CPU: faster, less exact, and no two batches quite the same.
     """
     require("fastapi", "serve", "the server needs packages")
     require("uvicorn", "serve", "the server needs packages")
@@ -62,7 +63,7 @@ def serve(
 
     import uvicorn
 
-    from uncausal.encoder.serving import server, service
+    from uncausal.encoder.serving import guard, server, service
 
     limits = service.Limits(
         batch_tokens=batch_tokens,
@@ -104,7 +105,13 @@ def serve(
     with listen(host, port) as listening:
         app = server.make_app(load, name or model, limits)
         running = uvicorn.Server(
-            uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=stop_seconds)
+            uvicorn.Config(
+                app,
+                http=guard.BoundedHeads,
+                log_level="warning",
+                access_log=False,
+                timeout_graceful_shutdown=stop_seconds,
+            )
         )
         try:
             running.run(sockets=[listening])

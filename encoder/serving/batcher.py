@@ -97,13 +97,22 @@ class Batcher:
         with self.changed:
             if self.closing:
                 raise ClosedError("the server is stopping")
-            if len(self.jobs) + len(texts) > self.max_waiting:
+            if not self.has_room(len(texts)):
                 raise QueueFullError("the queue is full")
             lengths = prompt_lengths or [0] * len(texts)
             jobs = [Job(ids, length, Future(), now) for ids, length in zip(texts, lengths, strict=True)]
             self.jobs.extend(jobs)
             self.changed.notify()
         return [job.future for job in jobs]
+
+    def has_room(self, count: int) -> bool:
+        """Whether so many texts more may wait, once those of whoever has left are dropped."""
+        if len(self.jobs) + count > self.max_waiting:
+            with self.changed:
+                staying = [job for job in self.jobs if not job.future.cancelled()]
+                self.jobs.clear()
+                self.jobs.extend(staying)
+        return len(self.jobs) + count <= self.max_waiting
 
     def seconds_left(self) -> int:
         """How long the queue will take, at the last batch's pace; 1 before there was one."""

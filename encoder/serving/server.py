@@ -1,16 +1,15 @@
 """An encoder behind HTTP: OpenAI's /v1/embeddings, text-embeddings-inference's /embed and friends, /metrics.
 
-Every vector is what `Encoder.encode` returns for the text. Here stand the routes and what a request passes
-before them; the work is done in service.py and batcher.py.
+Every vector is what `Encoder.encode` returns for the text, but for int8, whose inputs share a scale a batch.
+Here stand the routes; what a request passes before them is in guard.py, the work is done in service.py and
+batcher.py.
 """
 
 from __future__ import annotations
 
 import asyncio
 import base64
-import hmac
 import threading
-import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Annotated, Any, Literal
@@ -22,17 +21,19 @@ from fastapi.exceptions import RequestValidationError
 from prometheus_client import generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from pydantic import BaseModel, Field, StrictBool, StrictInt, StrictStr
-from starlette.datastructures import Headers
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.routing import Route
 
 import uncausal
 from uncausal.encoder.inputs import check_unicode
+from uncausal.encoder.serving.guard import Guard, refusal_of
 from uncausal.encoder.serving.service import Encoded, Limits, Refused, Service
 
-# Without `fail_fast` every item of a long list would be an error of every kind of input.
-Texts = Annotated[list[StrictStr], Field(fail_fast=True)]
+# Without `fail_fast` every item of a long list would be an error of every kind of input. The event loop
+# checks them: no more than it does in a moment. A list of token ids is one text.
+MOST_ITEMS, MOST_TOKENS_TOLD = 65_536, 65_536
+Texts = Annotated[list[StrictStr], Field(fail_fast=True, max_length=MOST_ITEMS)]
 Tokens = Annotated[list[Annotated[StrictInt, Field(ge=0)]], Field(min_length=1, fail_fast=True)]
-Input = StrictStr | Texts | Tokens | Annotated[list[Tokens], Field(fail_fast=True)]
+Input = StrictStr | Texts | Tokens | Annotated[list[Tokens], Field(fail_fast=True, max_length=MOST_ITEMS)]
 
 
 class EmbeddingsRequest(BaseModel):
@@ -108,13 +109,13 @@ def make_app(load: Callable[[], Any], name: str, limits: Limits | None = None) -
 
     @app.exception_handler(Refused)
     async def refused(request: Request, refusal: Refused) -> Response:
-        return _refusal(refusal)
+        return refusal_of(refusal)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"] if part != "body")
-        return _refusal(Refused(422, f"{where}: {first['msg']}" if where else first["msg"]))
+        return refusal_of(Refused(422, f"{where}: {first['msg']}" if where else first["msg"]))
 
     @app.post("/v1/embeddings")
     async def embeddings(body: EmbeddingsRequest, request: Request) -> Response:
@@ -167,7 +168,8 @@ def make_app(load: Callable[[], Any], name: str, limits: Limits | None = None) -
             raise Refused(422, str(error)) from None
         if len(texts) > limits.max_texts:
             raise Refused(413, f"{len(texts)} texts in a request; at most {limits.max_texts} are taken")
-        return answer(await service.in_tokenizer(len(texts), _tokens, service.encoder.tokenizer, texts))
+        told = await service.in_tokenizer(len(texts), _tokens, service.encoder.tokenizer, texts)
+        return Response(told, media_type="application/json")
 
     @app.get("/info")
     async def info() -> Response:
@@ -200,116 +202,26 @@ def make_app(load: Callable[[], Any], name: str, limits: Limits | None = None) -
     async def metrics() -> Response:
         return Response(generate_latest(service.registry), media_type=CONTENT_TYPE_LATEST)
 
-    app.add_middleware(Guard, service=service, paths={getattr(route, "path", None) for route in app.routes})
+    methods = {route.path: route.methods or set() for route in app.routes if isinstance(route, Route)}
+    app.add_middleware(Guard, service=service, methods=methods)
     return app
 
 
-class Held:
-    """The bytes of one request's body, counted among those of all that are not answered yet."""
-
-    def __init__(self, service: Service):
-        self.service, self.bytes = service, 0
-
-    def take(self, count: int) -> None:
-        """Count so many more, or refuse."""
-        if self.service.body_bytes + count > self.service.limits.max_waiting_bytes:
-            raise self.service.overloaded()
-        self.service.body_bytes += count
-        self.bytes += count
-
-    def release(self) -> None:
-        self.service.body_bytes -= self.bytes
-
-
-class Guard:
-    """Key, size and pace of a request before its route, its count and time behind it.
-
-    Plain ASGI, as a middleware of Starlette costs a request two tasks more and a stream between them.
-    """
-
-    def __init__(self, app: ASGIApp, service: Service, paths: set[str | None]):
-        self.app, self.service, self.paths = app, service, paths
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        start, status, held = time.perf_counter(), 500, Held(self.service)
-
-        async def noting(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
-
-        try:
-            try:
-                self._check_key(scope)
-                if scope["method"] == "POST":
-                    receive = await self._read_body(scope, receive, held)
-            except Refused as refusal:
-                await _refusal(refusal)(scope, receive, noting)
-            else:
-                await self.app(scope, receive, noting)
-        finally:
-            held.release()
-            route = scope["path"] if scope["path"] in self.paths else "other"
-            self.service.requests.labels(route, status).inc()
-            self.service.seconds.labels(route).observe(time.perf_counter() - start)
-
-    def _check_key(self, scope: Scope) -> None:
-        key = self.service.limits.api_key
-        if key is None or scope["path"] in ("/health", "/metrics"):
-            return
-        given = Headers(scope=scope).get("authorization", "").removeprefix("Bearer ")
-        if not hmac.compare_digest(given.encode("latin-1"), key.encode()):  # as headers are decoded
-            raise Refused(401, "wrong or missing API key")
-
-    async def _read_body(self, scope: Scope, receive: Receive, held: Held) -> Receive:
-        """Read the body within the limits of size and time, and return what hands it to the route."""
-        limits = self.service.limits
-        too_large = Refused(413, f"the body is larger than {limits.max_bytes} bytes")
-        if int(Headers(scope=scope).get("content-length") or 0) > limits.max_bytes:
-            raise too_large
-        body = bytearray()
-
-        async def read() -> None:
-            message: Message = {"more_body": True}
-            while message.get("more_body"):
-                message = await receive()
-                if message["type"] == "http.disconnect":
-                    raise Refused(499, "the client left")
-                part = message.get("body", b"")
-                if len(body) + len(part) > limits.max_bytes:
-                    raise too_large
-                held.take(len(part))
-                body.extend(part)
-
-        try:
-            await asyncio.wait_for(read(), limits.body_seconds)
-        except asyncio.TimeoutError:
-            raise Refused(408, f"the body did not arrive within {limits.body_seconds:g} s") from None
-        whole: list[Message] = [{"type": "http.request", "body": bytes(body)}]
-
-        async def replay() -> Message:
-            return whole.pop() if whole else await receive()
-
-        return replay
-
-
-def _refusal(refusal: Refused) -> Response:
-    headers = {"Retry-After": str(refusal.retry_after)} if refusal.retry_after else None
-    error = {"message": refusal.message, "type": "error", "code": refusal.status}
-    return Response(orjson.dumps({"error": error}), refusal.status, headers, "application/json")
-
-
-def _tokens(tokenizer: Any, texts: Sequence[str]) -> list[list[dict[str, Any]]]:
+def _tokens(tokenizer: Any, texts: Sequence[str]) -> bytes:
+    """What /tokenize answers; it holds no event loop, and is bounded, as nothing is cut here."""
+    if not tokenizer.is_fast:
+        raise Refused(422, "this model's tokenizer does not tell where in the text its tokens are")
     encoded = tokenizer(list(texts), return_offsets_mapping=True, return_special_tokens_mask=True)
+    total = sum(map(len, encoded["input_ids"]))
+    if total > MOST_TOKENS_TOLD:
+        raise Refused(413, f"{total} tokens in a request; at most {MOST_TOKENS_TOLD} are told")
     columns = ("input_ids", "offset_mapping", "special_tokens_mask")
-    return [
+    return orjson.dumps(
         [
-            {"id": i, "text": text[a:b], "special": bool(special), "start": a, "stop": b}
-            for i, (a, b), special in zip(*row, strict=True)
+            [
+                {"id": i, "text": text[a:b], "special": bool(special), "start": a, "stop": b}
+                for i, (a, b), special in zip(*row, strict=True)
+            ]
+            for text, *row in zip(texts, *(encoded[name] for name in columns), strict=True)
         ]
-        for text, *row in zip(texts, *(encoded[name] for name in columns), strict=True)
-    ]
+    )

@@ -34,8 +34,10 @@ class Limits:
         max_waiting: texts in the queue; more are answered 429.
         max_texts: in one request; more are answered 413.
         max_bytes: of a request's body; more are answered 413.
-        max_waiting_bytes: of all bodies that arrive or wait for their answers; more are answered 429.
-        body_seconds: for a body to arrive; a slower client is answered 408.
+        max_waiting_bytes: of all requests and answers on their way; more are answered 429. A body that was
+            parsed may take up to 30 times as much.
+        body_seconds: for a body to arrive, or a client is answered 408, and for a part of an answer to leave,
+            or it is cut off.
         auto_truncate: cut texts that are too long, and say so in the header `X-Truncated-Texts`, instead of
             answering 422.
         api_key: if given, requests must carry `Authorization: Bearer <key>`.
@@ -46,7 +48,7 @@ class Limits:
     max_waiting: int = 8192
     max_texts: int = 512
     max_bytes: int = 2_000_000
-    max_waiting_bytes: int = 100_000_000
+    max_waiting_bytes: int = 32_000_000
     body_seconds: float = 30.0
     auto_truncate: bool = False
     api_key: str | None = None
@@ -101,7 +103,7 @@ class Service:
         self.failure: Exception | None = None
         self.tokenizing = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")  # tokenizers share state
         self.untokenized = 0  # texts that wait for it
-        self.body_bytes = 0  # of requests that are not answered yet
+        self.held_bytes = 0  # of requests that are not answered yet, and of answers that have not left
         self.registry = registry = CollectorRegistry()
         self.requests = Counter(
             "uncausal_requests", "Requests by route and status", ["route", "status"], registry=registry
@@ -126,7 +128,7 @@ class Service:
             "uncausal_batch_tokens", "Tokens a batch", registry=registry, buckets=buckets
         )
         waiting = Gauge("uncausal_queue_size", "Texts that wait", registry=registry)
-        waiting.set_function(lambda: self.batcher.waiting if self.batcher else 0)
+        waiting.set_function(lambda: self.untokenized + (self.batcher.waiting if self.batcher else 0))
 
     def start(self) -> None:
         """Load the encoder and open the queue."""
@@ -180,7 +182,6 @@ class Service:
         if len(texts) > most:
             raise Refused(413, f"{len(texts)} texts in a request; at most {most} are taken")
         prompt = own_prompt(self.encoder, prompt)
-        start = time.perf_counter()
         cut = self.limits.auto_truncate if truncate is None else truncate
         futures: list[Any] = []
         task, left = asyncio.current_task(), False
@@ -194,7 +195,6 @@ class Service:
         gone = asyncio.ensure_future(watch())
         try:
             ids, prompts, truncated = await self.in_tokenizer(len(texts), self.tokenize, texts, prompt, cut)
-            self.tokenize_seconds.observe(time.perf_counter() - start)
             futures = batcher.submit(ids, prompts)
             vectors = await asyncio.gather(*map(asyncio.wrap_future, futures))
             if left:  # and the cancellation is still to come
@@ -222,13 +222,22 @@ class Service:
     async def in_tokenizer(self, count: int, function: Callable[..., Any], *arguments: Any) -> Any:
         """Call a function in the tokenizer's thread, if there is room in the queue for so many texts more."""
         batcher = self.ready()
-        if batcher.waiting + self.untokenized + count > self.limits.max_waiting:
+        if not batcher.has_room(self.untokenized + count):
             raise self.overloaded()
         self.untokenized += count
+        box = [arguments]
+
+        def work() -> Any:
+            given, start = box.pop(), time.perf_counter()
+            found = function(*given)
+            self.tokenize_seconds.observe(time.perf_counter() - start)
+            return found
+
         try:
-            return await asyncio.get_running_loop().run_in_executor(self.tokenizing, function, *arguments)
+            return await asyncio.get_running_loop().run_in_executor(self.tokenizing, work)
         finally:
             self.untokenized -= count
+            box.clear()  # the thread's queue keeps `work` even of a client that has left
 
     def tokenize(
         self, texts: Sequence[Any], prompt: str | None, cut: bool

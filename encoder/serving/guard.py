@@ -1,0 +1,177 @@
+"""What stands before the routes: the key, sizes and paces of requests and answers, their count and time."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import sys
+import time
+from collections.abc import Awaitable, Mapping
+
+import orjson
+from fastapi import Response
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from uncausal.encoder.serving.service import Refused, Service
+
+PIECE = 65_536  # bytes of an answer that are sent at a time
+MOST_HEAD = 65_536  # bytes of a request before its body
+OPEN = {("GET", "/health"), ("HEAD", "/health"), ("GET", "/metrics"), ("HEAD", "/metrics")}  # need no key
+
+
+def refusal_of(refusal: Refused) -> Response:
+    """The answer that tells why there is no other."""
+    headers = {"Retry-After": str(refusal.retry_after)} if refusal.retry_after else None
+    error = {"message": refusal.message, "type": "error", "code": refusal.status}
+    return Response(orjson.dumps({"error": error}), refusal.status, headers, "application/json")
+
+
+async def within(seconds: float, work: Awaitable[None]) -> None:
+    """Await, or raise asyncio.TimeoutError."""
+    if sys.version_info < (3, 11):
+        await asyncio.wait_for(work, seconds)
+    else:  # no task more
+        async with asyncio.timeout(seconds):
+            await work
+
+
+class Held:
+    """Bytes of one request and of its answer, counted among those of all."""
+
+    def __init__(self, service: Service):
+        self.service, self.bytes = service, 0
+
+    def take(self, count: int) -> None:
+        """Count so many more, or refuse."""
+        if self.service.held_bytes + count > self.service.limits.max_waiting_bytes:
+            raise self.service.overloaded()
+        self.add(count)
+
+    def add(self, count: int) -> None:
+        """Count so many more or, below zero, fewer."""
+        self.service.held_bytes += count
+        self.bytes += count
+
+
+class Guard:
+    """Plain ASGI, as a middleware of Starlette costs a request two tasks more and a stream between them.
+
+    Args:
+        app: what comes behind.
+        service: has the limits and the counters.
+        methods: of every route, by its path.
+    """
+
+    def __init__(self, app: ASGIApp, service: Service, methods: Mapping[str, set[str]]):
+        self.app, self.service, self.methods = app, service, methods
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        start, status, held = time.perf_counter(), 500, Held(self.service)
+
+        async def sending(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await self._send(message, send, held)
+
+        try:
+            try:
+                self._check_key(scope)
+                if scope["method"] in self.methods.get(scope["path"], ()) and scope["method"] == "POST":
+                    receive = await self._read_body(scope, receive, held)
+            except Refused as refusal:
+                await refusal_of(refusal)(scope, receive, sending)
+            else:
+                await self.app(scope, receive, sending)
+        except SlowReaderError:
+            status = 499  # the connection is closed, as the answer is not complete
+        finally:
+            held.add(-held.bytes)
+            route = scope["path"] if scope["path"] in self.methods else "other"
+            self.service.requests.labels(route, status).inc()
+            self.service.seconds.labels(route).observe(time.perf_counter() - start)
+
+    def _check_key(self, scope: Scope) -> None:
+        key = self.service.limits.api_key
+        if key is None or (scope["method"], scope["path"]) in OPEN:
+            return
+        given = Headers(scope=scope).get("authorization", "").removeprefix("Bearer ")
+        wanted = key.encode(errors="surrogateescape")  # as the environment is decoded
+        if not hmac.compare_digest(given.encode("latin-1"), wanted):  # as headers are
+            raise Refused(401, "wrong or missing API key")
+
+    async def _read_body(self, scope: Scope, receive: Receive, held: Held) -> Receive:
+        """Read the body within the limits of size and time, and return what hands it to the route."""
+        limits = self.service.limits
+        too_large = Refused(413, f"the body is larger than {limits.max_bytes} bytes")
+        if int(Headers(scope=scope).get("content-length") or 0) > limits.max_bytes:
+            raise too_large
+        body = bytearray()
+
+        async def read() -> None:
+            message: Message = {"more_body": True}
+            while message.get("more_body"):
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise Refused(499, "the client left")
+                part = message.get("body", b"")
+                if len(body) + len(part) > limits.max_bytes:
+                    raise too_large
+                held.take(len(part))
+                body.extend(part)
+
+        try:
+            await within(limits.body_seconds, read())
+        except asyncio.TimeoutError:
+            raise Refused(408, f"the body did not arrive within {limits.body_seconds:g} s") from None
+        whole: list[Message] = [{"type": "http.request", "body": bytes(body)}]
+
+        async def replay() -> Message:
+            return whole.pop() if whole else await receive()
+
+        return replay
+
+    async def _send(self, message: Message, send: Send, held: Held) -> None:
+        """Send a message, a long body in pieces: a client that does not read takes no memory for long."""
+        body, more = message.get("body", b""), message.get("more_body", False)
+        held.add(len(body))
+        try:
+            for first in range(0, max(len(body), 1), PIECE):
+                piece = message
+                if len(body) > PIECE:
+                    piece = {**message, "body": body[first : first + PIECE]}
+                    piece["more_body"] = more or first + PIECE < len(body)
+                await within(self.service.limits.body_seconds, send(piece))
+        except asyncio.TimeoutError:
+            raise SlowReaderError from None
+
+
+class SlowReaderError(Exception):
+    """A client did not read its answer in time."""
+
+
+class BoundedHeads(HttpToolsProtocol):
+    """uvicorn's protocol, which has no limit of its own for a request's line and headers."""
+
+    head, in_head = 0, True
+
+    def data_received(self, data: bytes) -> None:
+        self.head += len(data)
+        super().data_received(data)
+        if self.in_head and self.head > MOST_HEAD and not self.transport.is_closing():
+            status = b"HTTP/1.1 431 Request Header Fields Too Large\r\n"
+            self.transport.write(status + b"connection: close\r\ncontent-length: 0\r\n\r\n")
+            self.transport.close()
+
+    def on_headers_complete(self) -> None:
+        self.in_head = False
+        super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        self.head, self.in_head = 0, True
+        super().on_message_complete()
