@@ -73,12 +73,15 @@ def served(capsys, monkeypatch, command, *requests, stop=signal.SIGINT):
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
 def test_serve_answers_until_it_is_stopped(cli_folder, tmp_path, capsys, monkeypatch, stop):
     pytest.importorskip("fastapi", reason="the server needs `pip install uncausal[serve]`")
-    pytest.importorskip("uvicorn")
-    terminated = []
+    uvicorn = pytest.importorskip("uvicorn")
+    terminated, given, config = [], {}, uvicorn.Config
+    monkeypatch.setattr(
+        uvicorn, "Config", lambda app, **options: (given.update(options), config(app, **options))[1]
+    )
     before = signal.signal(signal.SIGTERM, lambda *_: terminated.append(True))  # raised again by uvicorn
     (tmp_path / "key").write_text("secret\n")
     model = str(cli_folder / "encoder")
-    options = ["--port", 0, "--dtype", "float32", "--max-texts", 3, "--name", "tiny"]
+    options = ["--port", 0, "--dtype", "float32", "--max-texts", 3, "--name", "tiny", "--stop-seconds", 7]
     command = ["serve", model, *options, "--api-key-file", tmp_path / "key"]
     requests = [
         ("/v1/embeddings", {"input": TEXTS}, "secret"),
@@ -96,6 +99,7 @@ def test_serve_answers_until_it_is_stopped(cli_folder, tmp_path, capsys, monkeyp
     np.testing.assert_allclose([row["embedding"] for row in body["data"]], expected, atol=1e-5)
     assert re.match(rf"serving {re.escape(model)} at http://127\.0\.0\.1:\d+\n", said)
     assert "Traceback" not in said and bool(terminated) == (stop == signal.SIGTERM)
+    assert given["timeout_graceful_shutdown"] == 7 and given["http"].__name__ == "BoundedHeads"
 
 
 def test_serve_takes_the_key_of_the_environment(cli_folder, capsys, monkeypatch):
