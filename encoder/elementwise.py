@@ -18,6 +18,7 @@ from torch.nn.functional import pad
 from transformers.activations import ACT2FN
 
 SHARE = 32768  # numbers that torch leaves to one thread (at::internal::GRAIN_SIZE)
+GELU_ALONE = 16384  # of which F.gelu leaves the work to one thread; it shares more among all
 LANES = (
     64  # two vectors of bf16 in 512 bits are the longest step of torch's loops, and a multiple of the others
 )
@@ -25,14 +26,22 @@ ACTIVATIONS = {
     type(ACT2FN[name])
     for name in ("silu", "swish", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "quick_gelu")
 }
+OF_GELU = {type(ACT2FN[name]) for name in ("gelu", "gelu_pytorch_tanh")}
 ROPES = {"default", "linear", "llama3", "yarn"}  # the others look at how long a batch's texts are
 
 
-def by_whole_vectors(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """function(x) of each number, in calls of which every thread gets a multiple of LANES."""
+def by_whole_vectors(function: Callable[[Tensor], Tensor], x: Tensor, gelu: bool = False) -> Tensor:
+    """function(x) of each number, in calls of which every thread gets a multiple of LANES.
+
+    Args:
+        function: torch's, of each number alone.
+        x: of any shape.
+        gelu: the function is `F.gelu`, which has a rule of its own for how many threads work.
+    """
     flat, threads = x.reshape(-1), torch.get_num_threads()
     count = flat.numel() // LANES * LANES
-    step = SHARE if count < SHARE * threads else LANES * threads
+    all_work = count > GELU_ALONE + LANES * threads if gelu else count >= SHARE * threads
+    step = LANES * threads if all_work else GELU_ALONE if gelu else SHARE
     shared = count // step * step
     found = [function(part) for part in (flat[:shared], flat[shared:count]) if len(part)]
     if rest := flat.numel() - count:
@@ -52,21 +61,31 @@ class _Activation(_Whole):
     def forward(self, input: Tensor) -> Tensor:
         if input.device.type != "cpu" or torch.is_grad_enabled() or not input.numel():
             return super().forward(input)
-        return by_whole_vectors(super().forward, input)
+        return by_whole_vectors(super().forward, input, type(self).__bases__[1] in OF_GELU)
 
 
 class _Rotary(_Whole):
-    inv_freq: Tensor
-
-    def forward(self, x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+    def forward(self, x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
         packed = position_ids.dim() == 2 and len(position_ids) == 1
         if x.device.type != "cpu" or torch.is_grad_enabled() or not packed:
             return super().forward(x, position_ids, *args, **kwargs)
-        length, width = position_ids.shape[1], 2 * self.inv_freq.numel()
+        length, width = position_ids.shape[1], 2 * max(map(len, _frequencies(self)))
         rows = max(SHARE // (width * LANES), 1) * LANES  # whole vectors, and one thread's, whatever the width
         parts = pad(position_ids, (0, -length % LANES)).split(rows, 1)
         tables = [super(_Rotary, self).forward(x, part, *args, **kwargs) for part in parts]
+        if isinstance(tables[0], Tensor):  # of complex numbers
+            return torch.cat(tables, 1)[:, :length]
         return tuple(torch.cat(table, 1)[:, :length] for table in zip(*tables, strict=True))
+
+
+def _frequencies(module: nn.Module) -> list[Tensor]:
+    return [buffer for name, buffer in module.named_buffers() if name.endswith("inv_freq")]
+
+
+def _fixed(rope_type: Any) -> bool:
+    """Whether tables depend on positions alone; some models have one type for each type of layer."""
+    kinds = rope_type.values() if isinstance(rope_type, dict) else [rope_type]
+    return all(isinstance(kind, str) and kind in ROPES for kind in kinds)
 
 
 @functools.cache
@@ -84,5 +103,9 @@ def use_whole_vectors(model: nn.Module) -> None:
         kind = type(module)
         if kind in ACTIVATIONS:
             module.__class__ = _whole(_Activation, kind)
-        elif kind.__name__.endswith("RotaryEmbedding") and getattr(module, "rope_type", None) in ROPES:
+        elif (
+            kind.__name__.endswith("RotaryEmbedding")
+            and _fixed(getattr(module, "rope_type", None))
+            and _frequencies(module)
+        ):
             module.__class__ = _whole(_Rotary, kind)

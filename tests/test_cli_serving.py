@@ -99,7 +99,7 @@ def test_serve_answers_until_it_is_stopped(cli_folder, tmp_path, capsys, monkeyp
     np.testing.assert_allclose([row["embedding"] for row in body["data"]], expected, atol=1e-5)
     assert re.match(rf"serving {re.escape(model)} at http://127\.0\.0\.1:\d+\n", said)
     assert "Traceback" not in said and bool(terminated) == (stop == signal.SIGTERM)
-    assert given["timeout_graceful_shutdown"] == 7 and given["http"].__name__ == "BoundedHeads"
+    assert given["timeout_graceful_shutdown"] == 7 and given["http"].__name__ == "BoundedProtocol"
 
 
 def test_serve_takes_the_key_of_the_environment(cli_folder, capsys, monkeypatch):

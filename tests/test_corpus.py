@@ -146,6 +146,10 @@ def test_other_settings_are_refused(encoder, whole, tmp_path):
         encode_corpus(encoder, ROWS, tmp_path, SETTINGS, shard=(3, 3))
     with pytest.raises(ValueError, match="dimension 999 is more than the model has: 32"):
         encode_corpus(encoder, ROWS, tmp_path, CorpusSettings(dimension=999))
+    on_a_gpu = whole["manifest.json"].replace(b'"device": "cpu"', b'"device": "cuda"')
+    (tmp_path / "manifest.json").write_bytes(on_a_gpu)
+    with pytest.raises(ValueError, match=r"differs in device \('cuda' there, 'cpu' here\)"):
+        encode_corpus(encoder, ROWS, tmp_path, SETTINGS)
 
 
 def test_of_two_runs_that_begin_a_folder_with_other_settings_one_is_refused(encoder, tmp_path, monkeypatch):

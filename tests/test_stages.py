@@ -456,11 +456,18 @@ def test_a_lens_is_tuned_before_the_model_and_leaves_it_as_it_is(checkpoint):
     )
     models = [MaskedNextToken(encoder.backbone, torch.randn(len(encoder.tokenizer), 32) / 6) for _ in "123"]
     models[1]._head = models[2]._head = models[0]._head
-    for model in models[1:]:
-        model.tune_lens(chunks, 4)
+    seen, forward = [], models[2].hidden_states
+    models[2].hidden_states = lambda ids: (seen.append((len(ids), encoder.backbone.training)), forward(ids))[
+        1
+    ]
+    encoder.train()
+    models[1].tune_lens(chunks, 4)
+    models[2].tune_lens(chunks, 4, mini_batch_size=2)
+    assert {*seen} == {(2, False)} and encoder.backbone.training
+    encoder.eval()
     batch = {name: torch.stack([chunks[i][name] for i in range(6)]) for name in chunks[0]}
     untuned, tuned, again = (model(**batch)["loss"].item() for model in models)
-    assert tuned == again and tuned < untuned - 0.02
+    assert tuned == pytest.approx(again, abs=1e-5) and tuned < untuned - 0.02
     assert not any(parameter.requires_grad for parameter in models[1].lens.parameters())
     assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
     assert all(parameter.grad is None for parameter in encoder.parameters())

@@ -50,8 +50,8 @@ def serve(
         max_texts: texts in one request; more are answered 413.
         max_bytes: bytes of a request's body; more are answered 413.
         max_waiting_bytes: bytes of all requests and answers on their way; more are answered 429.
-        body_seconds: seconds for a body to arrive, or a client is answered 408, and for a part of an answer
-            to leave, or it is cut off.
+        body_seconds: seconds for a body to arrive, or a client is answered 408; so many without taking a byte
+            of its answer, and a client is cut off.
         stop_seconds: seconds that a stop leaves to requests which were accepted before it.
         auto_truncate: cut texts that are too long, instead of answering 422.
         dimensions: Matryoshka dimensions that may be asked for.
@@ -107,7 +107,7 @@ def serve(
         running = uvicorn.Server(
             uvicorn.Config(
                 app,
-                http=guard.BoundedHeads,
+                http=guard.protocol(body_seconds),
                 log_level="warning",
                 access_log=False,
                 timeout_graceful_shutdown=stop_seconds,

@@ -256,7 +256,7 @@ def read_corpus(folder: str | Path) -> pa.Table:
         content = file.read_bytes()  # once: another run may be putting its own in the place
         if note.get("file") != _digest_of(content):
             raise ValueError(f"{file}: does not hold what was written; run the same again")
-        if note.get("made_by") != made_by:
+        if note.get("made_by", made_by) != made_by:  # earlier versions do not say
             raise ValueError(f"{file}: was made by another model or other settings; run the same again")
         digests.append(note.get("input", ""))
         tables.append(pq.read_table(pa.BufferReader(content)))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import sys
+import socket
 import time
-from collections.abc import Awaitable, Mapping
+from collections.abc import Mapping
+from typing import Any
 
 import orjson
 from fastapi import Response
@@ -26,15 +27,6 @@ def refusal_of(refusal: Refused) -> Response:
     headers = {"Retry-After": str(refusal.retry_after)} if refusal.retry_after else None
     error = {"message": refusal.message, "type": "error", "code": refusal.status}
     return Response(orjson.dumps({"error": error}), refusal.status, headers, "application/json")
-
-
-async def within(seconds: float, work: Awaitable[None]) -> None:
-    """Await, or raise asyncio.TimeoutError."""
-    if sys.version_info < (3, 11):
-        await asyncio.wait_for(work, seconds)
-    else:  # no task more
-        async with asyncio.timeout(seconds):
-            await work
 
 
 class Held:
@@ -88,8 +80,6 @@ class Guard:
                 await refusal_of(refusal)(scope, receive, sending)
             else:
                 await self.app(scope, receive, sending)
-        except SlowReaderError:
-            status = 499  # the connection is closed, as the answer is not complete
         finally:
             held.add(-held.bytes)
             route = scope["path"] if scope["path"] in self.methods else "other"
@@ -126,7 +116,7 @@ class Guard:
                 body.extend(part)
 
         try:
-            await within(limits.body_seconds, read())
+            await asyncio.wait_for(read(), limits.body_seconds)
         except asyncio.TimeoutError:
             raise Refused(408, f"the body did not arrive within {limits.body_seconds:g} s") from None
         whole: list[Message] = [{"type": "http.request", "body": bytes(body)}]
@@ -137,41 +127,89 @@ class Guard:
         return replay
 
     async def _send(self, message: Message, send: Send, held: Held) -> None:
-        """Send a message, a long body in pieces: a client that does not read takes no memory for long."""
+        """Send a message, a long body in pieces: each waits until most of those before it have left."""
         body, more = message.get("body", b""), message.get("more_body", False)
         held.add(len(body))
-        try:
-            for first in range(0, max(len(body), 1), PIECE):
-                piece = message
-                if len(body) > PIECE:
-                    piece = {**message, "body": body[first : first + PIECE]}
-                    piece["more_body"] = more or first + PIECE < len(body)
-                await within(self.service.limits.body_seconds, send(piece))
-        except asyncio.TimeoutError:
-            raise SlowReaderError from None
+        if len(body) <= PIECE:
+            await send(message)
+            return
+        for first in range(0, len(body), PIECE):
+            left = more or first + PIECE < len(body)
+            await send({**message, "body": body[first : first + PIECE], "more_body": left})
 
 
-class SlowReaderError(Exception):
-    """A client did not read its answer in time."""
+def protocol(seconds: float) -> type[HttpToolsProtocol]:
+    """uvicorn's protocol for a connection, that ends it where a client makes it wait or hold without end.
+
+    Args:
+        seconds: without a byte taken of an answer that waits.
+    """
+    return type("BoundedProtocol", (_Bounded,), {"seconds": seconds})
 
 
-class BoundedHeads(HttpToolsProtocol):
-    """uvicorn's protocol, which has no limit of its own for a request's line and headers."""
+class _Bounded(HttpToolsProtocol):
+    seconds = 30.0
 
-    head, in_head = 0, True
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        # What has left is what the kernel sends, and not what it would take to send later.
+        if (own := transport.get_extra_info("socket")) is not None and own.family != socket.AF_UNIX:
+            own.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, PIECE)
+        self.loose = 0  # bytes since the last that were a body's
+        self.in_head = True
+        self.waiting: asyncio.TimerHandle | None = None
 
     def data_received(self, data: bytes) -> None:
-        self.head += len(data)
+        self.loose += len(data)
         super().data_received(data)
-        if self.in_head and self.head > MOST_HEAD and not self.transport.is_closing():
-            status = b"HTTP/1.1 431 Request Header Fields Too Large\r\n"
-            self.transport.write(status + b"connection: close\r\ncontent-length: 0\r\n\r\n")
-            self.transport.close()
+        if self.loose > MOST_HEAD and not self.transport.is_closing():
+            if self.in_head:
+                status = b"HTTP/1.1 431 Request Header Fields Too Large\r\n"
+                self.transport.write(status + b"connection: close\r\ncontent-length: 0\r\n\r\n")
+                self.transport.close()
+            else:  # trailers, or what stands beside a chunk's length
+                self.transport.abort()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self.in_head:  # trailers say nothing here
+            super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         self.in_head = False
         super().on_headers_complete()
 
+    def on_body(self, body: bytes) -> None:
+        self.loose = 0
+        super().on_body(body)
+
     def on_message_complete(self) -> None:
-        self.head, self.in_head = 0, True
+        self.loose, self.in_head = 0, True
         super().on_message_complete()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._wait(self.transport.get_write_buffer_size())
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._stop_waiting()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_waiting()
+        super().connection_lost(exc)
+
+    def _wait(self, unsent: int) -> None:
+        """Look again in a while whether the client has taken anything."""
+
+        def look() -> None:
+            now = self.transport.get_write_buffer_size()
+            if now < unsent:
+                self._wait(now)
+            else:
+                self.transport.abort()
+
+        self.waiting = asyncio.get_running_loop().call_later(self.seconds, look)
+
+    def _stop_waiting(self) -> None:
+        if self.waiting is not None:
+            self.waiting.cancel()

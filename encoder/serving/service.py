@@ -36,8 +36,7 @@ class Limits:
         max_bytes: of a request's body; more are answered 413.
         max_waiting_bytes: of all requests and answers on their way; more are answered 429. A body that was
             parsed may take up to 30 times as much.
-        body_seconds: for a body to arrive, or a client is answered 408, and for a part of an answer to leave,
-            or it is cut off.
+        body_seconds: for a body to arrive, or a client is answered 408.
         auto_truncate: cut texts that are too long, and say so in the header `X-Truncated-Texts`, instead of
             answering 422.
         api_key: if given, requests must carry `Authorization: Bearer <key>`.

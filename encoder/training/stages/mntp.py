@@ -97,7 +97,7 @@ class MNTP(Stage):
         if self.lens_steps:
             rows = MaskedChunks(dataset, self.lens_steps * self.batch_size, self.seed + 1, mask)
             # on the device that the Trainer will move them to
-            model.to(args.device).tune_lens(rows, self.batch_size)
+            model.to(args.device).tune_lens(rows, self.batch_size, self.mini_batch_size)
         return MaskedTrainer(model, args, default_data_collator, cast(Any, masked))
 
     def mask_settings(self, tokenizer: Any, backbone: Any) -> dict[str, Any]:
@@ -140,10 +140,16 @@ class MaskedNextToken(nn.Module):
         self.softcap = getattr(config, "final_logit_softcapping", None)
         self.lens: nn.Linear | None = None
 
-    def tune_lens(self, rows: "MaskedChunks", batch_size: int) -> None:
+    def tune_lens(self, rows: "MaskedChunks", batch_size: int, mini_batch_size: int | None = None) -> None:
         """Learn a map (d, d) of the last hidden states by which the head predicts best; it stays as it is.
 
-        What is learnt depends on the model and the rows alone: a resumed run learns it again.
+        What is learnt depends on the model and the rows alone: a resumed run, or another process, learns the
+        same.
+
+        Args:
+            rows: what to learn on, a batch after the other.
+            batch_size: rows a step.
+            mini_batch_size: of them in memory at a time; by default all.
         """
         width = self._head[0].shape[1]
         self.lens = lens = nn.Linear(width, width, device=self._head[0].device)
@@ -154,9 +160,13 @@ class MaskedNextToken(nn.Module):
         self.backbone.eval()
         for first in range(0, len(rows), batch_size):
             batch = default_data_collator([rows[i] for i in range(first, first + batch_size)])
-            with torch.no_grad():
-                hidden = self.hidden_states(batch["input_ids"].to(lens.weight.device))
-            self.loss(hidden, batch["labels"].to(lens.weight.device)).backward()
+            batch = {name: value.to(lens.weight.device) for name, value in batch.items()}
+            masked = (batch["labels"][:, 1:] != -100).sum()
+            parts = (value.split(mini_batch_size or batch_size) for value in batch.values())
+            for part in map(dict, (zip(batch, values, strict=True) for values in zip(*parts, strict=True))):
+                with torch.no_grad():
+                    hidden = self.hidden_states(part["input_ids"])
+                self.loss(hidden, part["labels"], masked).backward()
             optimizer.step()
             optimizer.zero_grad()
         self.backbone.train(training)
