@@ -212,6 +212,9 @@ def test_run_recipe_end_to_end(checkpoint, tmp_path):
 
     options = {"model": checkpoint, "data": {"mntp": TEXTS, "contrastive": ROWS}, **QUIET}
     encoder = run_recipe(recipe, tmp_path / "out", eval=evaluate, **options)
+    assert (
+        encoder.backbone.dtype == torch.float32
+    )  # regression: merging into bfloat16 lost 87 % of an adapter
     assert len(scores) == 2 and set(scores) <= {1, 2}  # small: in the lower half of four layers
     found = sorted(p.name for p in (tmp_path / "out" / "stages").iterdir())
     assert found == ["1-prune", "2-mntp", "3-contrastive"]

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,7 +20,7 @@ from uncausal.encoder.training import run as training
 from uncausal.encoder.training.follow import run_recipe
 from uncausal.encoder.training.plan import plan_recipe, plan_table
 from uncausal.encoder.training.ranks import together
-from uncausal.encoder.training.recipes import list_recipes, load_recipe
+from uncausal.encoder.training.recipes import TRAINED_IN, list_recipes, load_recipe
 from uncausal.encoder.training.stages.contrastive import Contrastive
 from uncausal.encoder.training.stages.registry import STAGES
 
@@ -42,6 +43,8 @@ def train_command(kind: str) -> Callable[..., None]:
     ) -> None:
         """Placeholder.
 
+        Weights are float32 unless --dtype says otherwise; products are in bfloat16 where the hardware has it.
+
         Args:
             model: encoder folder, or anything `convert` takes.
             data: text, JSONL, CSV, TSV or Parquet file, or a dataset's name.
@@ -51,7 +54,8 @@ def train_command(kind: str) -> Callable[..., None]:
         """
         check_writable(output, folder=True)
         check_replaceable(output)
-        encoder = loading.load(model)
+        dtype: Any = TRAINED_IN if loading.dtype == "auto" else loading.dtype
+        encoder = replace(loading, dtype=dtype).load(model)
         source = data if issubclass(cls, Contrastive) else read(data, column)
         with named(data):
             training.train(encoder, stage, source, output / "training", resume=not no_resume)

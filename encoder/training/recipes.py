@@ -42,6 +42,9 @@ STEP_KEYS = ("kind", "data", "pooling")
 KINDS = {**STAGES, "prune": Pruning, "whiten": Whitening}
 POOLINGS = (*POOLING_MODES, "latent")
 SELF = "self"
+# Of weights that are trained: a step, or a small adapter when it is merged, is less than the last place of
+# most bfloat16 weights. Products are in bfloat16 all the same where the hardware has it.
+TRAINED_IN = "float32"
 
 
 class RecipeError(ValueError):
