@@ -1,14 +1,19 @@
 """Low-rank adapters: attached, refused, merged."""
 
+import copy
+from unittest import mock
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import Linear as LoraLinear
 from tiny import load
 from torch import nn
 from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 from uncausal.encoder import adapters
-from uncausal.encoder.training.lora import InputDropout, attach_lora
+from uncausal.encoder.training.lora import InputDropout, LowRankLinear, attach_lora
 
 
 def test_lora_only_upper_layers_stops_the_backward_pass(checkpoint):
@@ -117,3 +122,32 @@ def test_an_adapter_has_it(checkpoint):
     view = attach_lora(load(checkpoint).backbone, r=4, alpha=8, dropout=0.1)
     dropouts = [module for module in view.modules() if isinstance(module, nn.Dropout)]
     assert len([x for x in dropouts if type(x) is InputDropout and x.p == 0.1]) == 7 * 2
+    assert len([x for x in view.modules() if type(x) is LowRankLinear]) == 7 * 2
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("base", ["linear", "conv1d"])
+def test_low_rank_layers_compute_what_pefts_do(base, autocast):
+    """Outputs and gradients, but for the rounding of a sum; merged or disabled ones are left to peft."""
+    torch.manual_seed(0)
+    inner = torch.nn.Linear(24, 40) if base == "linear" else Conv1D(40, 24)
+    ours = LoraLinear(inner, "default", LoraConfig(), r=4, lora_alpha=12, fan_in_fan_out=base == "conv1d")
+    torch.nn.init.normal_(ours.lora_B["default"].weight)
+    theirs = copy.deepcopy(ours)
+    ours.__class__ = LowRankLinear
+    found = []
+    for layer in (ours, theirs):
+        x = torch.randn(3, 7, 24, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out = layer(x)
+        weights = [layer.lora_A["default"].weight, layer.lora_B["default"].weight, inner.weight]
+        found.append([out, *torch.autograd.grad(out.float().square().sum(), [x, *weights[:2]])])
+        assert out.dtype == (torch.bfloat16 if autocast else torch.float32) and out.shape == (3, 7, 40)
+    for one, other in zip(*found, strict=True):
+        assert (one - other).norm() < (2e-2 if autocast else 1e-6) * other.norm()
+    x = torch.randn(5, 24)
+    with mock.patch.object(LoraLinear, "forward", return_value="peft's"):
+        assert isinstance(ours(x), torch.Tensor)
+        for change in ({"merged_adapters": ["default"]}, {"_disable_adapters": True}):
+            with mock.patch.multiple(ours, **change):
+                assert ours(x) == "peft's"

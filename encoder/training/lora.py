@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -74,11 +75,36 @@ def attach_lora(
         raise ValueError("the backbone already carries an adapter: merge or unload it first")
     adapter = get_peft_model(backbone, config)
     for module in adapter.modules():
+        if type(module) is LoraLinear:
+            module.__class__ = LowRankLinear
         if isinstance(module, LoraLayer):
             for name, layer in module.lora_dropout.items():
                 if isinstance(layer, nn.Dropout):
                     module.lora_dropout[name] = InputDropout(layer.p)
     return adapter
+
+
+class LowRankLinear(LoraLinear):
+    """peft's, which scales what comes out of B, adds it in a pass of its own, and casts its input twice.
+
+    Here r numbers a token are scaled, B's product adds to the layer's, and autocast finds what it wants.
+    """
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        plain = len(self.active_adapters) == 1 and self.active_adapters[0] in self.lora_A
+        if not plain or args or kwargs or self.disable_adapters or self.merged or self.lora_variant:
+            return super().forward(x, *args, **kwargs)
+        [name] = self.active_adapters
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        out = self.base_layer(x)
+        a: Any = self.lora_A[name]
+        b: Any = self.lora_B[name]
+        dropout: Any = self.lora_dropout[name]
+        down = a(dropout(x.to(out.dtype))) * self.scaling[name]
+        if down.dtype != out.dtype or b.bias is not None:
+            return out + b(down).to(out.dtype)
+        return torch.addmm(out.flatten(0, -2), down.flatten(0, -2), b.weight.t()).view_as(out)
 
 
 class InputDropout(nn.Dropout):
