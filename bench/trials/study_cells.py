@@ -238,13 +238,14 @@ def claims(depth: int, depths: Sequence[int]) -> list[Claim]:
             "causal: weighted mean > mean > last token",
             poolings(causal, "weighted_mean", "mean", "last_token"),
         ),
-        Claim(
-            "LLM2Vec",
-            "parts of speech: MNTP > causal",
-            (("mntp.words", f"{causal}.words"),),
-            ("pos",),
+        *(
+            Claim("LLM2Vec", f"{what}: MNTP > causal, {where}", ((cell, f"{causal}.words"),), (family,))
+            for what, family in (("parts of speech", "pos"), ("entities", "ner"))
+            for where, cell in (
+                ("from the position before", "mntp.words"),
+                ("from the token's own", "mntp.words-own"),
+            )
         ),
-        Claim("LLM2Vec", "entities: MNTP > causal", (("mntp.words", f"{causal}.words"),), ("ner",)),
         Claim(
             "NV-Embed",
             "supervised: latent > mean > last token",
