@@ -19,9 +19,7 @@ from transformers.activations import ACT2FN
 
 SHARE = 32768  # numbers that torch leaves to one thread (at::internal::GRAIN_SIZE)
 GELU_ALONE = 16384  # of which F.gelu leaves the work to one thread; it shares more among all
-LANES = (
-    64  # two vectors of bf16 in 512 bits are the longest step of torch's loops, and a multiple of the others
-)
+LANES = 64  # two vectors of bf16 in 512 bits: the longest step of torch's loops, a multiple of the others
 ACTIVATIONS = {
     type(ACT2FN[name])
     for name in ("silu", "swish", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "quick_gelu")
@@ -43,7 +41,8 @@ def by_whole_vectors(function: Callable[[Tensor], Tensor], x: Tensor, gelu: bool
     all_work = count > GELU_ALONE + LANES * threads if gelu else count >= SHARE * threads
     step = LANES * threads if all_work else GELU_ALONE if gelu else SHARE
     shared = count // step * step
-    found = [function(part) for part in (flat[:shared], flat[shared:count]) if len(part)]
+    pieces = [flat[:shared]] if all_work or not gelu else flat[:shared].split(step)
+    found = [function(part) for part in (*pieces, flat[shared:count]) if len(part)]
     if rest := flat.numel() - count:
         found.append(function(pad(flat[count:], (0, LANES - rest)))[:rest])
     return (found[0] if len(found) == 1 else torch.cat(found)).view(x.shape)

@@ -43,7 +43,7 @@ def test_bits_are_those_of_one_thread(threads, kind, dtype):
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
-def test_every_familys_tables_and_activations_are_kept(threads, model_type):
+def test_every_familys_tables_and_activations_are_kept(model_type):
     """Regression: a type of rope for each type of layer, and tables of complex numbers, failed."""
     model = tiny_model(model_type, "eager", **FAMILIES[model_type])
     ids = torch.arange(3, 43)[None] % 30

@@ -74,7 +74,7 @@ class Guard:
         try:
             try:
                 self._check_key(scope)
-                if scope["method"] in self.methods.get(scope["path"], ()) and scope["method"] == "POST":
+                if scope["method"] == "POST" and "POST" in self.methods.get(scope["path"], ()):
                     receive = await self._read_body(scope, receive, held)
             except Refused as refusal:
                 await refusal_of(refusal)(scope, receive, sending)
@@ -153,8 +153,9 @@ class _Bounded(HttpToolsProtocol):
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         # What has left is what the kernel sends, and not what it would take to send later.
-        if (own := transport.get_extra_info("socket")) is not None and own.family != socket.AF_UNIX:
-            own.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, PIECE)
+        option, own = getattr(socket, "TCP_NOTSENT_LOWAT", None), transport.get_extra_info("socket")
+        if option is not None and own is not None and own.family != socket.AF_UNIX:
+            own.setsockopt(socket.IPPROTO_TCP, option, PIECE)
         self.loose = 0  # bytes since the last that were a body's
         self.in_head = True
         self.waiting: asyncio.TimerHandle | None = None

@@ -22,7 +22,7 @@ from uncausal.encoder.model import Encoder
 from uncausal.encoder.pruning import Choice, Depths, Pruning
 from uncausal.encoder.training.checkpoints import FINAL, RECORD, weights_digest
 from uncausal.encoder.training.ranks import process_state, together
-from uncausal.encoder.training.recipes import SELF, TRAINED_IN, Recipe, Step
+from uncausal.encoder.training.recipes import SELF, Recipe, Step
 from uncausal.encoder.training.run import train
 from uncausal.encoder.training.stages.base import Stage
 from uncausal.encoder.training.stages.distill import Distill
@@ -69,7 +69,7 @@ def run_recipe(
     """
     steps, stages = recipe.with_data(data, data_dir), Path(output) / "stages"
     name = str(model or recipe.model)
-    encoder = Encoder.from_pretrained(name, **{"dtype": TRAINED_IN, **recipe.options, **options})
+    encoder = Encoder.from_pretrained(name, **recipe.loading(options))
     process_state(encoder.device)
     records, teacher = [], None
     for number, step in enumerate(steps, 1):

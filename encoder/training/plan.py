@@ -21,7 +21,7 @@ from uncausal.encoder.data.pairs import read_pairs, text_columns
 from uncausal.encoder.model import Encoder
 from uncausal.encoder.pruning import Pruning
 from uncausal.encoder.training.follow import choose, set_pooling
-from uncausal.encoder.training.recipes import TRAINED_IN, Recipe, Step
+from uncausal.encoder.training.recipes import Recipe, Step
 from uncausal.encoder.training.run import restore_modules, train
 from uncausal.encoder.training.stages.base import Stage
 from uncausal.encoder.training.stages.contrastive import Contrastive
@@ -57,9 +57,7 @@ def plan_recipe(
         The device, and a dict a stage with kind, layers, steps, tokens, tokens_per_second, memory_gib, hours.
     """
     steps = recipe.with_data(data, data_dir)
-    encoder = Encoder.from_pretrained(
-        str(model or recipe.model), **{"dtype": TRAINED_IN, **recipe.options, **options}
-    )
+    encoder = Encoder.from_pretrained(str(model or recipe.model), **recipe.loading(options))
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for number, step in enumerate(steps, 1):

@@ -105,6 +105,10 @@ class Recipe:
     options: dict[str, Any]
     steps: list[Step]
 
+    def loading(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments of `Encoder.from_pretrained`: the caller's, the recipe's, and float32 weights."""
+        return {"dtype": TRAINED_IN, **self.options, **options}
+
     def with_data(self, data: Mapping[str, Any] | None, folder: str | Path | None = None) -> list[Step]:
         """Return the steps with the caller's data, checked as far as it goes without reading them.
 
