@@ -4,13 +4,8 @@ import asyncio
 import base64
 import contextlib
 import gc
-import hmac
-import http.client
-import json
-import socket
 import sys
 import threading
-import time
 import weakref
 from types import SimpleNamespace
 
@@ -18,80 +13,22 @@ import numpy as np
 import pytest
 
 pytest.importorskip("fastapi", reason="the server needs `pip install uncausal[serve]`")
-import uvicorn
 from pydantic import ValidationError
+from served import TEXTS, Server, small_encoder, small_server, wait_for
 
 from uncausal.encoder.serving import server as server_module
-from uncausal.encoder.serving.batcher import Batcher, ClosedError, QueueFullError
-from uncausal.encoder.serving.guard import protocol
-from uncausal.encoder.serving.server import EmbeddingsRequest, EmbedRequest, TokenizeRequest, make_app
+from uncausal.encoder.serving.server import EmbeddingsRequest, EmbedRequest, TokenizeRequest
 from uncausal.encoder.serving.service import Limits, Refused, Service
-
-TEXTS = ["the cat sees the river", "a dog likes music", "two apples", "the king paints the long road home"]
-
-
-class Server:
-    """Uvicorn on a free port of the loopback interface, in a thread."""
-
-    def __init__(self, load, **limits):
-        self.app = make_app(load, "tiny", Limits(**limits))
-        config = uvicorn.Config(
-            self.app,
-            http=protocol(limits.get("body_seconds", 30)),
-            host="127.0.0.1",
-            port=0,
-            log_level="critical",
-            timeout_graceful_shutdown=20,
-        )
-        self.server = uvicorn.Server(config)
-        self.thread = threading.Thread(target=self.server.run, daemon=True)
-
-    def __enter__(self):
-        self.thread.start()
-        wait_for(lambda: self.server.started)
-        self.port = self.server.servers[0].sockets[0].getsockname()[1]
-        return self
-
-    def __exit__(self, *error):
-        self.server.should_exit = True
-        self.thread.join(30)
-        assert not self.thread.is_alive()
-
-    def call(self, method, path, body=None, headers=None):
-        """Return status, headers and decoded body."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
-        data = body if isinstance(body, bytes | None) else json.dumps(body).encode()
-        connection.request(method, path, data, {"Content-Type": "application/json", **(headers or {})})
-        response = connection.getresponse()
-        text = response.read()
-        connection.close()
-        is_json = response.headers.get_content_type() == "application/json"
-        return response.status, response.headers, json.loads(text) if is_json else text.decode()
-
-    def ready(self):
-        wait_for(lambda: self.call("GET", "/health")[0] == 200)
-        return self
-
-
-def wait_for(condition, seconds=30):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited too long"
-        time.sleep(0.02)
 
 
 @pytest.fixture(scope="module")
 def encoder(tiny_checkpoint):
-    from uncausal import Encoder
-
-    encoder = Encoder.from_pretrained(tiny_checkpoint, device="cpu", dtype="float32", max_seq_length=32)
-    encoder.prompts = {"query": "the king "}
-    return encoder
+    return small_encoder(tiny_checkpoint)
 
 
 @pytest.fixture(scope="module")
 def server(encoder):
-    with Server(lambda: encoder, dimensions=(8,), max_texts=20, max_bytes=20_000, body_seconds=2) as server:
+    with small_server(encoder) as server:
         yield server.ready()
 
 
@@ -198,12 +135,6 @@ def test_truncation_is_said(server, encoder):
     assert np.array_equal(np.float32(found), encoder.encode([long]))
 
 
-def test_slow_body_is_given_up(server):
-    with socket.create_connection(("127.0.0.1", server.port), 20) as connection:
-        connection.sendall(b"POST /embed HTTP/1.1\r\nHost: a\r\nContent-Length: 10\r\n\r\n{")
-        assert connection.recv(1000).startswith(b"HTTP/1.1 408")
-
-
 def test_metrics_count(server):
     before = server.call("GET", "/metrics")[2]
     server.call("POST", "/embed", {"inputs": TEXTS})
@@ -257,95 +188,11 @@ def test_what_has_no_room_is_refused_before_it_is_tokenised(encoder):
             assert server.call(method, path, body)[0] == 503
 
 
-def test_bodies_that_wait_are_bounded_in_bytes(encoder):
-    """Regression: a queue of 8,192 texts of two megabytes each was sixteen gigabytes."""
-    body = json.dumps({"inputs": ["river " * 3], "padding": "x" * 1000}).encode()
-    with Server(lambda: encoder, max_bytes=1500, max_waiting_bytes=2000) as server:
-        service, held, answers = server.ready().app.state.service, threading.Event(), []
-        service.batcher._vectors = lambda jobs: (held.wait(20), np.ones((len(jobs), 2)))[1]
-        first = threading.Thread(target=lambda: answers.append(server.call("POST", "/embed", body)[0]))
-        first.start()
-        wait_for(lambda: service.held_bytes == len(body))
-        status, headers, answer = server.call("POST", "/embed", body)
-        assert (status, headers["Retry-After"]) == (429, "1") and "full" in answer["error"]["message"]
-        assert server.call("POST", "/embed", b"{}")[0] == 422  # which has room
-        held.set()
-        first.join()
-        wait_for(lambda: service.held_bytes == 0)
-        assert answers == [200] and server.call("POST", "/embed", body)[0] == 200
-
-
-def connect(server, receive_buffer=None):
-    """A raw connection, which may be one that takes little of what is sent to it."""
-    connection = socket.socket()
-    if receive_buffer:
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
-    connection.settimeout(30)
-    connection.connect(("127.0.0.1", server.port))
-    return connection
-
-
-def post(path, body):
-    """The bytes of a request."""
-    head = f"POST {path} HTTP/1.1\r\nHost: a\r\nContent-Length: {len(body)}\r\n"
-    return head.encode() + b"Content-Type: application/json\r\n\r\n" + body
-
-
-def test_answers_that_nobody_reads_are_counted_and_cut_off(encoder, monkeypatch):
-    """Regression: they lay in memory, uncounted, for as long as the client stayed."""
-    monkeypatch.setattr(server_module, "MOST_TOKENS_TOLD", 10**6)  # more than a socket's buffers hold
-    body = json.dumps({"inputs": ["river " * 20_000] * 15}).encode()
-    with Server(lambda: encoder, body_seconds=2) as server:
-        service = server.ready().app.state.service
-        _, headers, answer = server.call("POST", "/tokenize", body)
-        assert len(answer) == 15
-        length = int(headers["Content-Length"])
-        with connect(server, 4096) as reader:
-            reader.sendall(post("/tokenize", body))
-            wait_for(lambda: service.held_bytes > 10_000_000)  # the answer
-            assert server.call("POST", "/embed", {"inputs": "music"})[0] == 200
-            wait_for(lambda: not service.held_bytes and not server.server.server_state.connections)
-        with connect(server, 4096) as slow:  # who goes on reading gets all of it, however long that takes
-            slow.sendall(post("/tokenize", body))
-            start, taken = time.monotonic(), 0
-            while time.monotonic() < start + 5:
-                taken += len(slow.recv(65_536))
-                time.sleep(0.1)
-            assert 10**5 < taken < 10**6 < service.held_bytes
-            while taken < length:
-                assert (part := slow.recv(1 << 20))
-                taken += len(part)
-
-
 def test_tokenize_tells_no_more_than_it_says(server, monkeypatch):
     monkeypatch.setattr(server_module, "MOST_TOKENS_TOLD", 30)
     status, _, answer = server.call("POST", "/tokenize", {"inputs": ["river " * 16] * 2})
     assert (status, "at most 30 are told" in answer["error"]["message"]) == (413, True)
     assert server.call("POST", "/tokenize", {"inputs": "river " * 12})[0] == 200
-
-
-def test_heads_are_bounded(server):
-    """Regression: one connection's headers took memory for as long as it sent them."""
-    for line in (b"a: b\r\n", b"a" * 1000):  # many, or one that does not end
-        with connect(server) as connection:
-            connection.sendall(b"POST /embed HTTP/1.1\r\n" + (b"" if b":" in line else b"x: "))
-            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-                for _ in range(200_000 // len(line)):
-                    connection.sendall(line)
-            with contextlib.suppress(ConnectionResetError):
-                assert b" 431 " in connection.recv(1000)
-        assert server.call("GET", "/health")[0] == 200
-    for trailer in (b"a: b\r\n", b"x" * 1000):
-        with connect(server) as connection:
-            head = b"POST /embed HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n"
-            connection.sendall(head + b"2\r\n{}\r\n0\r\n" + b"x: " * (b":" not in trailer))
-            with pytest.raises((BrokenPipeError, ConnectionResetError)):  # noqa: PT012
-                for _ in range(20_000_000 // len(trailer)):
-                    connection.sendall(trailer)
-    with connect(server) as connection:  # a long body is no head, nor are many requests of one connection
-        for _ in range(9):
-            connection.sendall(post("/embed", json.dumps({"inputs": "river", "x": "y" * 19_000}).encode()))
-            assert b" 200 " in connection.recv(65_536)
 
 
 def test_what_a_leaver_sent_is_forgotten(encoder):
@@ -373,22 +220,6 @@ def test_what_a_leaver_sent_is_forgotten(encoder):
     assert found[0]() is None and service.untokenized == 0
     held.set()
     service.stop()
-
-
-def test_leavers_take_no_room():
-    model = Held()
-    batcher = Batcher(model, batch_tokens=1, max_waiting=2)  # type: ignore[arg-type]
-    batcher.submit([[1]])
-    wait_for(lambda: batcher.waiting == 0)
-    for future in batcher.submit([[2], [3]]):
-        future.cancel()
-    assert batcher.has_room(2) and not batcher.has_room(3)
-    stays = batcher.submit([[4]])
-    batcher.tokens_per_second = 0.1
-    assert batcher.waiting == 1 and batcher.seconds_left() == 10
-    model.go.set()
-    batcher.close()
-    assert stays[0].result()[0] == 4
 
 
 def test_a_long_list_of_wrong_items_is_one_error():
@@ -433,19 +264,6 @@ def test_token_arrays_are_framed_and_cut_as_texts(tiny_checkpoint, side):
             for given in (TEXTS, arrays)
         ]
     assert found[0] == found[1] and np.array_equal(np.float32(found[0]), framed.encode(TEXTS))
-
-
-def test_a_body_without_a_length_is_bounded(server):
-    """Chunked: only what is read tells how long it is."""
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
-    chunks = (b"a" * 5000 for _ in range(20))
-    json_type = {"Content-Type": "application/json"}
-    try:
-        connection.request("POST", "/embed", chunks, json_type, encode_chunked=True)
-    except (BrokenPipeError, ConnectionResetError):  # it was answered before the end
-        pass
-    assert connection.getresponse().status == 413
-    connection.close()
 
 
 @pytest.mark.parametrize("stage", ["tokenizer", "model"])
@@ -500,31 +318,6 @@ def test_limits_are_checked(encoder):
             Limits(dimensions=(dimension,)).check(encoder, "tiny")
 
 
-def test_failures_nobody_foresaw_are_counted(encoder):
-    with Server(lambda: encoder) as server:
-        server.ready().app.state.service.embed = None
-        assert server.call("POST", "/embed", {"inputs": "music"})[0] == 500
-        found = server.call("GET", "/metrics")[2]
-        assert 'uncausal_requests_total{route="/embed",status="500"} 1.0' in found
-
-
-def test_key_is_asked_for(encoder, monkeypatch):
-    compared, compare = [], hmac.compare_digest
-    monkeypatch.setattr(hmac, "compare_digest", lambda *given: (compared.append(given), compare(*given))[1])
-    with Server(lambda: encoder, api_key="secret") as server:
-        server.ready()
-        body = {"inputs": "music"}
-        assert server.call("POST", "/embed", body)[0] == 401
-        assert server.call("POST", "/embed", body, {"Authorization": "Bearer secreT"})[0] == 401
-        assert server.call("POST", "/embed", body, {"Authorization": "Bearer secret"})[0] == 200
-        # what needs no key takes no body: strangers held the bytes that others may wait with
-        assert server.call("POST", "/health", b"x" * 5000)[0] == 401
-    with Server(lambda: encoder, api_key="geheimnis\u00e4") as server:  # as clients send it
-        key = "Bearer geheimnis\u00e4".encode().decode("latin-1")
-        assert server.ready().call("POST", "/embed", body, {"Authorization": key})[0] == 200
-    assert (b"secreT", b"secret") in compared and ("geheimnis\u00e4".encode(),) * 2 in compared
-
-
 def test_answers_503_while_loading_and_after_a_failure(encoder):
     go = threading.Event()
 
@@ -538,94 +331,3 @@ def test_answers_503_while_loading_and_after_a_failure(encoder):
         go.set()
         wait_for(lambda: "no such model" in str(server.call("GET", "/health")[2]))
         assert server.call("GET", "/health")[0] == 503
-
-
-class Held:
-    """The batcher's view of an encoder whose forward waits until it is let go."""
-
-    device = "cpu"
-
-    def __init__(self, fail_on=None):
-        self.go, self.seen, self.fail_on = threading.Event(), [], fail_on
-
-    def eval(self):
-        return self
-
-    def __getitem__(self, index):
-        return self
-
-    def collate(self, ids, prompt_length=None):
-        return {"ids": ids, "prompt_length": prompt_length}
-
-    def __call__(self, features):
-        import torch
-
-        assert self.go.wait(20)
-        ids = features["ids"]
-        if self.fail_on is not None and any(self.fail_on in row for row in ids):
-            raise RuntimeError("bad text")
-        self.seen.append([tuple(row) for row in ids])
-        return {"sentence_embedding": torch.tensor([[float(sum(row))] for row in ids])}
-
-
-def test_batches_fill_in_arrival_order_and_drop_who_left():
-    model, batches = Held(), []
-    batcher = Batcher(model, batch_tokens=4, max_waiting=9, watch=batches.append)  # type: ignore[arg-type]
-    first = batcher.submit([[1, 1]])
-    wait_for(lambda: batcher.waiting == 0)
-    rest = batcher.submit([[2], [3, 3], [4], [5] * 9, [6]])
-    rest[1].cancel()
-    model.go.set()
-    batcher.close()
-    assert model.seen == [[(1, 1)], [(2,), (4,)], [(5,) * 9], [(6,)]]
-    assert [f.result()[0] for f in (*first, rest[0], *rest[2:])] == [2, 2, 4, 45, 6]
-    assert [batch.tokens for batch in batches] == [2, 2, 9, 1]
-
-
-def test_full_queue_takes_all_of_a_request_or_none():
-    model = Held()
-    batcher = Batcher(model, batch_tokens=1, max_waiting=2)  # type: ignore[arg-type]
-    batcher.submit([[1]])
-    wait_for(lambda: batcher.waiting == 0)
-    batcher.submit([[2]])
-    with pytest.raises(QueueFullError):
-        batcher.submit([[3], [4]])
-    assert batcher.waiting == 1 and batcher.seconds_left() >= 1
-    model.go.set()
-    batcher.close()
-    with pytest.raises(ClosedError, match="stopping"):
-        batcher.submit([[5]])
-
-
-def test_one_bad_text_fails_alone():
-    model = Held(fail_on=7)
-    batcher = Batcher(model, batch_tokens=99, max_waiting=9)  # type: ignore[arg-type]
-    held = batcher.submit([[0]])
-    wait_for(lambda: batcher.waiting == 0)
-    futures = batcher.submit([[1], [2], [7], [3]])
-    model.go.set()
-    batcher.close()
-    assert [f.result()[0] for f in (*held, *futures[:2], futures[3])] == [0, 1, 2, 3]
-    with pytest.raises(RuntimeError, match="bad text"):
-        futures[2].result()
-
-
-def test_a_vector_that_is_not_finite_fails_alone():
-    """Regression: JSON's null stood for its numbers."""
-    model = Held()
-    model.go.set()
-    batcher = Batcher(model, batch_tokens=99, max_waiting=9)  # type: ignore[arg-type]
-    futures = batcher.submit([[1], [float("nan")], [3]])  # type: ignore[list-item]
-    batcher.close()
-    assert [futures[0].result()[0], futures[2].result()[0]] == [1, 3]
-    with pytest.raises(ValueError, match="not finite"):
-        futures[1].result()
-
-
-def test_prompts_of_one_batch_may_differ():
-    model = Held()
-    model.go.set()
-    batcher = Batcher(model, batch_tokens=99, max_waiting=9)  # type: ignore[arg-type]
-    futures = batcher.submit([[1, 2]], prompt_lengths=[1]) + batcher.submit([[3]])
-    batcher.close()
-    assert [f.result()[0] for f in futures] == [3, 3]
