@@ -14,7 +14,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft import PeftConfig
 from safetensors import SafetensorError
-from transformers import AutoModel, AutoTokenizer, GgufConfig
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.util import is_sentence_transformer_model
+from transformers import AutoConfig, AutoModel, AutoTokenizer, GgufConfig
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
 from transformers.utils import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
@@ -152,6 +158,36 @@ def local_path(name: str) -> Path:
 def absolute(name: str) -> str:
     """Return a model's name as it holds from any folder."""
     return str(Path(name).resolve()) if Path(name).exists() else name
+
+
+def load_model(source: str | Path, **options: Any) -> SentenceTransformer:
+    """Load whatever gives vectors: a decoder as an `Encoder`, any other sentence-transformers model as it is.
+
+    Args:
+        source: hub name, model folder or .gguf file; "package:NAME/FOLDER" is one in an installed package.
+        **options: of `Encoder.from_pretrained`, for decoders (pooling, bidirectional, num_layers, ...).
+
+    Raises:
+        FileNotFoundError: no model of that name.
+    """
+    from uncausal.encoder.model import Encoder
+
+    if str(source).startswith(PACKAGE):
+        source = local_path(str(source))
+    if Path(source).suffix == ".gguf" or "gguf_file" in options or _is_decoder(source):
+        return Encoder.from_pretrained(source, **options)
+    return SentenceTransformer(str(source), device=options.get("device"))
+
+
+def _is_decoder(source: str | Path) -> bool:
+    """Whether the weights are of a family that has causal models and no masked ones; no if there is doubt."""
+    try:
+        model_type = AutoConfig.from_pretrained(source).model_type
+    except (OSError, ValueError):  # modules in sub-folders, static embeddings, code of its own
+        return not is_sentence_transformer_model(str(source))
+    return model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and (
+        model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    )
 
 
 @contextmanager

@@ -126,7 +126,7 @@ def test_mine(cli_folder, tmp_path, capsys, monkeypatch, teacher):
     options += ["--relative-margin", "None", "--dtype", "float32"]
     facts = json.loads(run(capsys, "mine", teacher, *paths, *options, "--json"))
     assert facts == {"saved": str(paths[1]), "pairs": 4, "left_out": {}}
-    from uncausal.encoder.evaluation.compare import load_model
+    from uncausal.encoder.loading import load_model
 
     model = "bm25" if teacher == "bm25" else load_model("encoder", dtype="float32")
     pairs = Dataset.from_list([{"anchor": row["anchor"], "positive": row["positive"]} for row in rows])

@@ -70,6 +70,30 @@ def test_the_map_is_fitted_to_what_it_gets(tiny_checkpoint, tmp_path):
     assert (encoder.encode(TEXTS) * unit).sum(1).min() > 0.99
 
 
+def test_the_pruned_may_have_a_map_of_its_own(tiny_checkpoint, tmp_path):
+    """A whitened teacher's map was made for its last layer: the student's may start anew, and is trained."""
+    teacher = load(tiny_checkpoint)
+    teacher.whiten(TEXTS)
+    teacher.save_pretrained(str(tmp_path / "teacher"))
+    errors = []
+    for wanted in (None, True):
+        student = load(tmp_path / "teacher")
+        student.prune(1)
+        stage = Distill(teacher=str(tmp_path / "teacher"), linear_map=wanted, **FAST)
+        [targets] = [stage.prepare(student, TEXTS)["label"]]
+        assert len(student) == 3
+        errors.append(
+            ((student.encode(TEXTS, normalize_embeddings=True) - np.array(targets)) ** 2).sum(1).mean()
+        )
+        assert student[2].linear.weight.requires_grad == bool(wanted)
+    assert errors[1] < 0.5 * errors[0]
+    with pytest.raises(
+        ValueError, match="linear_map=False, but the encoder has 32 dimensions, the teacher 16"
+    ):
+        np.save(tmp_path / "vectors.npy", bag_of_words(16))
+        Distill(vectors=str(tmp_path / "vectors.npy"), linear_map=False, **FAST).prepare(student, TEXTS)
+
+
 def test_resumed_run_ends_where_a_whole_one_does(tiny_checkpoint, tmp_path):
     """The appended map is part of the checkpoint: its start depends on the seed, its end on all steps."""
     np.save(tmp_path / "vectors.npy", bag_of_words(16))
@@ -88,7 +112,7 @@ def test_resumed_run_ends_where_a_whole_one_does(tiny_checkpoint, tmp_path):
 
 
 def test_own_full_depth_teaches_the_pruned(tiny_checkpoint, tmp_path):
-    """No map where dimensions agree; the teacher's vectors are written once and found again."""
+    """No map where dimensions agree; the teacher is packed as elsewhere, and its vectors written once."""
     load(tiny_checkpoint).save_pretrained(str(tmp_path / "teacher"))
     student = load(tiny_checkpoint)
     student.prune(1)
@@ -96,7 +120,7 @@ def test_own_full_depth_teaches_the_pruned(tiny_checkpoint, tmp_path):
     stage = Distill(teacher=str(tmp_path / "teacher"), vectors=str(file), max_steps=2, **FAST)
     train(student, stage, TEXTS, tmp_path / "run", progress=False)
     assert len(student) == 2 and student.get_embedding_dimension() == 32
-    np.testing.assert_allclose(np.load(file), load(tiny_checkpoint).encode(TEXTS), atol=1e-5)
+    assert np.array_equal(np.load(file), Encoder.from_pretrained(tmp_path / "teacher").encode(TEXTS))
     assert json.loads(file.with_suffix(".json").read_text())["teacher"] == str(tmp_path / "teacher")
     kept = Distill(vectors=str(file))
     assert np.allclose(np.linalg.norm(kept.targets(TEXTS, "cpu"), axis=1), 1)

@@ -13,12 +13,11 @@ from uncausal.encoder.evaluation.compare import (
     Measured,
     ModelScores,
     Score,
-    _is_decoder,
     compare,
-    load_model,
 )
 from uncausal.encoder.evaluation.report import format_table, plot, write_json
 from uncausal.encoder.evaluation.tasks import Measurement
+from uncausal.encoder.loading import _is_decoder, load_model
 from uncausal.encoder.model import Encoder
 
 

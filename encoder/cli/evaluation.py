@@ -158,8 +158,8 @@ def evaluate_code(
     """Print MRR@10 of code search for BM25 and every model, at every size of its vectors."""
     from uncausal.encoder.data.sources import HELD_OUT_DEV, HELD_OUT_TEST
     from uncausal.encoder.evaluation.code import bm25_scores, code_search_set, evaluate_sizes, search_metrics
-    from uncausal.encoder.evaluation.compare import load_model
     from uncausal.encoder.files import staged_file
+    from uncausal.encoder.loading import load_model
 
     if split == "train":
         raise ValueError("the splits are dev and test, not 'train'")
@@ -196,9 +196,10 @@ def evaluate_by_mteb(
 ) -> None:
     """Print the main score of MTEB's tasks for every model."""
     require("mteb", "mteb", "--mteb needs a package")
-    from uncausal.encoder.evaluation.compare import INSTRUCT, load_model
+    from uncausal.encoder.evaluation.compare import INSTRUCT
     from uncausal.encoder.evaluation.mteb import evaluate_mteb, find_task, main_scores
     from uncausal.encoder.evaluation.suite import mini_suite
+    from uncausal.encoder.loading import load_model
 
     own, unknown = [], {}
     for name in names:

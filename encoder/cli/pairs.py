@@ -148,7 +148,7 @@ def mine(
 
     from uncausal.encoder.data.pairs import read_pairs
     from uncausal.encoder.data.texts import read_texts
-    from uncausal.encoder.evaluation.compare import load_model
+    from uncausal.encoder.loading import load_model
     from uncausal.encoder.training.mining import Mining
 
     mining = Mining(

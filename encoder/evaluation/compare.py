@@ -19,16 +19,9 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.util import is_sentence_transformer_model
-from transformers import AutoConfig
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-)
 
 from uncausal.encoder.evaluation.tasks import DOCUMENT, QUERY, Measurement, Task, Vectors
-from uncausal.encoder.loading import PACKAGE, local_path
-from uncausal.encoder.model import Encoder
+from uncausal.encoder.loading import load_model
 
 INSTRUCT = "Instruct: {instruction}\nQuery: "
 """NV-Embed's template; `evaluate_models(..., instruct=INSTRUCT)` puts it before queries."""
@@ -84,34 +77,6 @@ class Evaluation:
     def to_json(self) -> dict[str, Any]:
         """Return it as plain lists and dicts; a score is [value, low, high]."""
         return json.loads(json.dumps(asdict(self)))
-
-
-def load_model(source: str | Path, **options: Any) -> SentenceTransformer:
-    """Load whatever can be scored: a decoder as an `Encoder`, any other sentence-transformers model as it is.
-
-    Args:
-        source: hub name, model folder or .gguf file; "package:NAME/FOLDER" is one in an installed package.
-        **options: of `Encoder.from_pretrained`, for decoders (pooling, bidirectional, num_layers, ...).
-
-    Raises:
-        FileNotFoundError: no model of that name.
-    """
-    if str(source).startswith(PACKAGE):
-        source = local_path(str(source))
-    if Path(source).suffix == ".gguf" or "gguf_file" in options or _is_decoder(source):
-        return Encoder.from_pretrained(source, **options)
-    return SentenceTransformer(str(source), device=options.get("device"))
-
-
-def _is_decoder(source: str | Path) -> bool:
-    """Whether the weights are of a family that has causal models and no masked ones; no if there is doubt."""
-    try:
-        model_type = AutoConfig.from_pretrained(source).model_type
-    except (OSError, ValueError):  # modules in sub-folders, static embeddings, code of its own
-        return not is_sentence_transformer_model(str(source))
-    return model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and (
-        model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
-    )
 
 
 def evaluate_models(

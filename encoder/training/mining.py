@@ -21,6 +21,7 @@ from torch.nn.functional import normalize
 from tqdm import tqdm
 
 from uncausal.encoder.data.pairs import LABEL, NEGATIVE
+from uncausal.encoder.loading import load_model
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +104,7 @@ class Mining:
         asked = np.array([queries[text] for text in anchors])
         model: Any = teacher
         if isinstance(teacher, str):
-            model = BM25() if teacher.lower() == "bm25" else SentenceTransformer(teacher)
+            model = BM25() if teacher.lower() == "bm25" else load_model(teacher)
         chosen = self._chosen(model, list(queries), documents, asked, right)
         kept = np.flatnonzero(chosen[asked, 0] >= 0)
         logger.info("mined %d of %d rows; the others have fewer negatives", len(kept), len(pairs))

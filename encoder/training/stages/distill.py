@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from uncausal.encoder.data.rows import DataError
 from uncausal.encoder.data.texts import read_texts
 from uncausal.encoder.files import staged_file
-from uncausal.encoder.loading import local_path
+from uncausal.encoder.loading import load_model
 from uncausal.encoder.training.ranks import together
 from uncausal.encoder.training.stages.base import PairStage
 from uncausal.encoder.whitening import LinearMap, append_linear, unnormalized
@@ -36,22 +36,24 @@ FITTED = 4096  # texts that the map's start is fitted to
 class Distill(PairStage):
     """Plain L2 between unit vectors, in small batches, without negatives: LEAF's recipe.
 
-    Where the teacher's dimension is another, a linear map is appended to the encoder, trained along and saved
-    with it, so that student and teacher share one space. It starts as the ridge regression of the teacher's
-    vectors on the student's, which is worth many steps. To let an encoder teach its own pruned self, save it
-    before pruning and name that folder as teacher.
+    A linear map, appended to the encoder, trained along and saved with it, takes the student's vectors to the
+    teacher's space. It starts as the ridge regression between the two, which is worth many steps.
+    To let an encoder teach its own pruned self, save it before pruning and name that folder as teacher.
 
     Args:
         teacher: any sentence-transformers model, by name or folder; "package:NAME/FOLDER" is one that an
-            installed package carries.
+            installed package carries. A decoder's is packed, in bf16 where the hardware multiplies it.
         vectors: .npy file of the teacher's vectors, a row a text. Written if it is not there; it must be
             where no teacher is named.
         teacher_prompt: put before every text for the teacher alone.
+        linear_map: whether to append the map (one that the encoder ends with is absorbed); by default where
+            the dimensions differ.
     """
 
     teacher: str | None = None
     vectors: str | None = None
     teacher_prompt: str | None = None
+    linear_map: bool | None = None
     batch_size: int = 32
     learning_rate: float = 1e-4
     max_length: int = 512
@@ -69,9 +71,14 @@ class Distill(PairStage):
         self.check_size("the data hold", len(texts))
         targets = self.targets(texts, str(encoder.device))
         width, wanted = encoder.get_embedding_dimension(), targets.shape[1]
-        if width != wanted:
-            assert width is not None
-            logger.info("appending a linear map from %d to the teacher's %d features", width, wanted)
+        assert width is not None
+        mapped = width != wanted if self.linear_map is None else self.linear_map
+        if width != wanted and not mapped:
+            raise ValueError(
+                f"linear_map=False, but the encoder has {width} dimensions, the teacher {wanted}"
+            )
+        if mapped:
+            logger.info("fitting a linear map from %d to the teacher's %d features", width, wanted)
             append_linear(encoder, self._fitted_map(encoder, texts, targets))
         return Dataset.from_dict({"text": texts, "label": list(targets)})
 
@@ -146,7 +153,7 @@ class Distill(PairStage):
     def _taught(self, texts: list[str], device: str) -> np.ndarray:
         """The teacher's vectors as it gives them, float32."""
         assert self.teacher is not None
-        teacher = SentenceTransformer(str(local_path(self.teacher)), device=device)
+        teacher = load_model(self.teacher, device=device)
         options: dict[str, Any] = {"prompt": self.teacher_prompt, "convert_to_numpy": True}
         return teacher.encode(texts, show_progress_bar=True, **options).astype(np.float32)
 
