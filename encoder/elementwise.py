@@ -48,6 +48,11 @@ def by_whole_vectors(function: Callable[[Tensor], Tensor], x: Tensor, gelu: bool
     return (found[0] if len(found) == 1 else torch.cat(found)).view(x.shape)
 
 
+def _on_its_own(x: Tensor) -> bool:
+    """Whether torch computes at once, on a CPU, and nobody asks for gradients; a graph has other kernels."""
+    return x.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
 class _Whole(nn.Module):
     """Stands before another class, of which a module was before."""
 
@@ -58,7 +63,7 @@ class _Whole(nn.Module):
 
 class _Activation(_Whole):
     def forward(self, input: Tensor) -> Tensor:
-        if input.device.type != "cpu" or torch.is_grad_enabled() or not input.numel():
+        if not _on_its_own(input) or not input.numel():
             return super().forward(input)
         return by_whole_vectors(super().forward, input, type(self).__bases__[1] in OF_GELU)
 
@@ -66,7 +71,7 @@ class _Activation(_Whole):
 class _Rotary(_Whole):
     def forward(self, x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
         packed = position_ids.dim() == 2 and len(position_ids) == 1
-        if x.device.type != "cpu" or torch.is_grad_enabled() or not packed:
+        if not _on_its_own(x) or not packed:
             return super().forward(x, position_ids, *args, **kwargs)
         length, width = position_ids.shape[1], 2 * max(map(len, _frequencies(self)))
         rows = max(SHARE // (width * LANES), 1) * LANES  # whole vectors, and one thread's, whatever the width

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from transformers.pytorch_utils import Conv1D
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -55,12 +56,24 @@ class OneDNNLinear(nn.Linear):
         return _product(x, weight, bias)
 
 
+class OneDNNConv1D(Conv1D):
+    """GPT-2's linear layer, whose weight lies the other way: of a few rows too the bits are those of many."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        plain = x.dtype != torch.float32 or self.weight.dtype != x.dtype or x.device.type != "cpu"
+        if plain or not x.numel() or torch.is_grad_enabled():
+            return super().forward(x)
+        rows = x.reshape(-1, x.shape[-1])
+        product = _product(rows.expand(max(len(rows), 2), -1), self.weight.t(), self.bias)
+        return product[: len(rows)].reshape(*x.shape[:-1], -1)
+
+
 def use_onednn(model: nn.Module) -> None:
     """Let a model's linear layers multiply through oneDNN, in place, where this build of torch has it."""
     if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         for module in model.modules():
-            if type(module) is nn.Linear:
-                module.__class__ = OneDNNLinear
+            if type(module) in (nn.Linear, Conv1D):
+                module.__class__ = OneDNNLinear if type(module) is nn.Linear else OneDNNConv1D
 
 
 def quantize_linear(model: nn.Module, width: int) -> int:

@@ -49,7 +49,7 @@ class Server:
         response = connection.getresponse()
         text = response.read()
         connection.close()
-        is_json = response.headers.get_content_type() == "application/json"
+        is_json = text and response.headers.get_content_type() == "application/json"
         return response.status, response.headers, json.loads(text) if is_json else text.decode()
 
     def ready(self):

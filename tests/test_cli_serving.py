@@ -192,9 +192,10 @@ def test_index_is_updated_and_searched_with_the_model_as_it_was_loaded(cli_folde
         said = run(capsys, *command, "--pooling", "mean", status=1)
         assert f"{path}: was made with pooling='weighted_mean', not 'mean': leave that option out" in said
         assert "cannot be made causal again" in run(capsys, *command, "--causal", status=1)
-        # where the index tells of no length, its vectors decide
         said = run(capsys, *command, "--max-seq-length", 4, status=1)
-        assert "or of one loaded otherwise" in said
+        assert (
+            "max_seq_length 512, not 4" if command[0] == "index" else "or of one loaded otherwise"
+        ) in said
     model.rename(moved := model.with_name("moved"))
     run(capsys, "search", path, "add", "--max-seq-length", 64, "--model", moved)
     assert "unchanged: 2" in run(capsys, "index", project, "--out", path, "--model", moved)

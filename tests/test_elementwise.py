@@ -6,7 +6,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from uncausal import Encoder
 from uncausal.bench.families import FAMILIES, tiny_model
@@ -91,6 +91,38 @@ def test_a_texts_vector_is_its_own_at_any_number_of_threads(threads, wide, dtype
         assert np.array_equal(encoder.encode(texts), expected), count
         alone = np.stack([encoder.encode(text) for text in texts])
         assert np.array_equal(alone, expected), count
+
+
+def test_gpt2_too_keeps_bits(threads, wide, tmp_path):
+    """Its linear layers are of a class of their own, and few rows took another routine."""
+    folder, texts = wide
+    tokenizer = Encoder.from_pretrained(folder).tokenizer
+    config = GPT2Config(vocab_size=len(tokenizer), n_embd=576, n_head=9, n_layer=2, n_positions=512)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    encoder = Encoder.from_pretrained(tmp_path, device="cpu", dtype="float32", max_seq_length=512)
+    texts = [*texts, "a cat", "music"]
+    threads(1)
+    expected = encoder.encode(texts)
+    for count in (1, 3):
+        threads(count)
+        assert np.array_equal(np.stack([encoder.encode(text) for text in texts]), expected)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path).transformer.h[0].mlp.c_fc
+    module, x = encoder.backbone.h[0].mlp.c_fc, torch.randn(5, 576)
+    torch.testing.assert_close(module(x), plain(x))
+    with torch.no_grad():
+        torch.testing.assert_close(module(x[:1]), plain(x[:1]))
+
+
+def test_a_graph_of_the_model_is_whole(wide):
+    """Regression: what depends on the number of threads broke it."""
+    folder, _ = wide
+    backbone = Encoder.from_pretrained(folder, device="cpu", dtype="float32").backbone
+    given = dict(input_ids=torch.arange(40)[None] % 9, position_ids=torch.arange(40)[None])
+    with torch.no_grad():
+        compiled = torch.compile(backbone, fullgraph=True, dynamic=True, backend="eager")
+        torch.testing.assert_close(compiled(**given)[0], backbone(**given)[0])
 
 
 def test_modules_keep_their_names_and_travel(wide):

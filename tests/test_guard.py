@@ -15,6 +15,7 @@ pytest.importorskip("fastapi", reason="the server needs `pip install uncausal[se
 from served import Server, small_encoder, small_server, wait_for
 
 from uncausal.encoder.serving import server as server_module
+from uncausal.encoder.serving.service import Limits
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +95,120 @@ def test_answers_that_nobody_reads_are_counted_and_cut_off(encoder, monkeypatch)
                 taken += len(part)
 
 
+def test_short_answers_that_nobody_reads_are_cut_off(encoder):
+    """Regression: what fits the transport's buffer counted as sent, and its connection never ended."""
+    body = json.dumps({"inputs": ["river " * 1800]}).encode()
+    with Server(lambda: encoder, body_seconds=1) as server:
+        state = server.ready().server.server_state
+        with contextlib.ExitStack() as readers:
+            for _ in range(5):
+                readers.enter_context(connect(server, 4096)).sendall(post("/tokenize", body))
+            wait_for(lambda: any(c.transport.get_write_buffer_size() for c in state.connections))
+            wait_for(lambda: not state.connections)
+
+
+def test_one_request_at_a_time(encoder):
+    """Regression: what was sent behind a request was read without bound, uncounted, and without the key."""
+    body = json.dumps({"inputs": "river"}).encode()
+    with Server(lambda: encoder) as server:
+        service, held = server.ready().app.state.service, threading.Event()
+        vectors_of = service.batcher._vectors
+        service.batcher._vectors = lambda jobs: (held.wait(20), vectors_of(jobs))[1]
+        with connect(server) as connection:
+            connection.sendall(post("/embed", body) + post("/embed", body) + b"no HTTP\r\n\r\n")
+            wait_for(lambda: service.batcher.waiting or service.held_bytes)
+            for _ in range(500):
+                connection.sendall(post("/embed", b"x" * 60_000))
+            [protocol] = server.server.server_state.connections
+            assert not protocol.pipeline and len(protocol.cycle.body) == 0
+            assert service.held_bytes == len(body)
+            held.set()
+            answer = b""
+            with contextlib.suppress(ConnectionResetError):
+                while part := connection.recv(65_536):
+                    answer += part
+        assert answer.startswith(b"HTTP/1.1 200") and answer.count(b"HTTP/1.1") == 1
+        assert b"connection: close" in answer
+
+
+def test_who_leaves_is_noticed_whatever_was_sent_behind(encoder):
+    """Regression: only the last of the requests of a connection was told."""
+    body = json.dumps({"inputs": "river"}).encode()
+    with Server(lambda: encoder) as server:
+        service, held = server.ready().app.state.service, threading.Event()
+        service.batcher._vectors = lambda jobs: (held.wait(20), np.ones((len(jobs), 2)))[1]
+        with connect(server) as connection:
+            connection.sendall(post("/embed", body) + b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n")
+            wait_for(lambda: service.held_bytes)
+        wait_for(lambda: not service.held_bytes)
+        held.set()
+
+
+@pytest.mark.parametrize("path", ["/embed", "/nowhere"])
+def test_an_offer_to_upgrade_is_left_aside(server, path):
+    """Java's client offers HTTP/2 with its first request. Regression: the request lost its body."""
+    whole = post(path, json.dumps({"inputs": "river"}).encode())
+    offer = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABk\r\n"
+    end = whole.index(b"\r\n\r\n")
+    request = whole[: end + 2] + offer + whole[end + 2 :]
+    status = b" 200 " if path == "/embed" else b" 404 "
+    for parts in ([request], [request[:-9], request[-9:]], [request[i : i + 50] for i in range(0, 999, 50)]):
+        with connect(server) as connection:
+            for _ in range(2):  # the connection stays
+                for part in parts:
+                    connection.sendall(part)
+                    time.sleep(0.01)
+                assert status in connection.recv(65_536)
+    with connect(server) as connection:
+        connection.sendall(b"CONNECT a:80 HTTP/1.1\r\nHost: a\r\n\r\n")
+        assert b" 400 " in connection.recv(65_536)
+
+
+@pytest.mark.parametrize("kind", ["head", "blank lines", "answered body", "nothing", "next head"])
+def test_connections_that_wait_end(encoder, kind):
+    """Regression: a byte now and then kept a connection for ever."""
+    rest, again = b"x", b"x"
+    first = {
+        "head": b"GET /health HTTP/1.1\r\nHo",
+        "blank lines": b"\r\n",
+        "answered body": b"PUT /embed HTTP/1.1\r\nHost: a\r\nContent-Length: 1000000\r\n\r\n",
+        "nothing": b"",
+        "next head": b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n",
+    }[kind]
+    if kind in ("blank lines", "next head"):
+        rest = again = b"\r\n"
+    with Server(lambda: encoder, body_seconds=1) as server:
+        state = server.ready().server.server_state
+        wait_for(lambda: not state.connections)
+        with connect(server) as connection:
+            start = time.monotonic()
+            connection.sendall(first)
+            wait_for(lambda: state.connections)
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                while state.connections and time.monotonic() < start + 9:
+                    connection.sendall(b"" if kind == "nothing" else rest)
+                    time.sleep(0.1)
+                    rest = again
+            assert time.monotonic() < start + 9
+
+
+def test_a_body_after_its_answer_does_not_end_the_connection(server):
+    with connect(server) as connection:
+        for _ in range(2):
+            connection.sendall(b"PUT /embed HTTP/1.1\r\nHost: a\r\nContent-Length: 10\r\n\r\n")
+            assert b" 405 " in connection.recv(65_536)
+            connection.sendall(b"0123456789")
+        time.sleep(3)  # longer than it may take
+        connection.sendall(post("/embed", json.dumps({"inputs": "river"}).encode()))
+        assert b" 200 " in connection.recv(65_536)
+
+
+def test_a_length_above_the_limit_is_refused_unread(server):
+    with connect(server) as connection:
+        connection.sendall(b"POST /embed HTTP/1.1\r\nHost: a\r\nContent-Length: 20001\r\n\r\n")
+        assert b" 413 " in connection.recv(65_536)
+
+
 def test_heads_are_bounded(server):
     """Regression: one connection's headers took memory for as long as it sent them."""
     for line in (b"a: b\r\n", b"a" * 1000):  # many, or one that does not end
@@ -131,6 +246,22 @@ def test_a_body_without_a_length_is_bounded(server):
     connection.close()
 
 
+def test_every_refusal_has_one_form(server):
+    """Clients look for `error`; those of the frameworks below had a form of their own."""
+    deep = b'{"inputs":' + b"[" * 9000 + b"]" * 9000 + b"}"
+    for method, path, body in (
+        ("POST", "/embed", deep),
+        ("GET", "/embed", None),
+        ("GET", "/nowhere", None),
+        ("POST", "/embed/", b"{}"),
+        ("POST", "/embed", b"{}"),
+    ):
+        status, headers, answer = server.call(method, path, body)
+        assert answer["error"]["code"] == status >= 400 and answer["error"]["message"]
+        assert status != 405 or headers["Allow"] == "POST"
+    assert server.call("HEAD", "/health")[0] == server.call("HEAD", "/metrics")[0] == 200
+
+
 def test_failures_nobody_foresaw_are_counted(encoder):
     with Server(lambda: encoder) as server:
         server.ready().app.state.service.embed = None
@@ -150,7 +281,17 @@ def test_key_is_asked_for(encoder, monkeypatch):
         assert server.call("POST", "/embed", body, {"Authorization": "Bearer secret"})[0] == 200
         # what needs no key takes no body: strangers held the bytes that others may wait with
         assert server.call("POST", "/health", b"x" * 5000)[0] == 401
+        for route in server.app.routes:
+            for method in route.methods:
+                path = route.path
+                status = server.call(method, path, body if method == "POST" else None)[0]
+                needs_none = path in ("/health", "/metrics") and method in ("GET", "HEAD")
+                assert (status == 401) != needs_none, (method, path, status)
     with Server(lambda: encoder, api_key="geheimnis\u00e4") as server:  # as clients send it
         key = "Bearer geheimnis\u00e4".encode().decode("latin-1")
         assert server.ready().call("POST", "/embed", body, {"Authorization": key})[0] == 200
+    assert Limits(api_key="secret\n").api_key == "secret"  # as secrets are mounted
+    for empty in ("", " \n"):
+        with pytest.raises(ValueError, match="the API key is empty"):
+            Limits(api_key=empty)
     assert (b"secreT", b"secret") in compared and ("geheimnis\u00e4".encode(),) * 2 in compared

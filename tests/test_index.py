@@ -486,6 +486,16 @@ def test_index_keeps_how_its_encoder_was_loaded(tmp_path, encoders):
     assert made_with(tmp_path / "i") == MadeWith(model, loading), "what was not named is as it was"
 
 
+def test_index_keeps_the_length_that_texts_are_cut_at(tmp_path, encoder, monkeypatch):
+    """Regression: the probe is short, and vectors of whole texts and of cut ones came to stand together."""
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "a.md").write_text("the king paints the long road home " * 9)
+    update_index(tmp_path / "index", tmp_path / "docs", encoder)
+    monkeypatch.setattr(encoder[0], "max_seq_length", encoder.max_seq_length - 1)
+    with pytest.raises(ValueError, match=r"was made with max_seq_length \d+, not \d+: name another file"):
+        update_index(tmp_path / "index", tmp_path / "docs", encoder)
+
+
 def test_index_keeps_the_prompt_of_its_documents(tmp_path, encoder, monkeypatch):
     folder = write(tmp_path / "src", a_py=SUM)
     update_index(tmp_path / "i", folder, encoder, prompt="passage: ")

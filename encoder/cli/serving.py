@@ -65,6 +65,8 @@ def serve(
 
     from uncausal.encoder.serving import guard, server, service
 
+    if stop_seconds < 0:
+        raise ValueError(f"stop seconds is {stop_seconds}; it must not be below 0")
     limits = service.Limits(
         batch_tokens=batch_tokens,
         max_waiting=max_waiting,

@@ -11,6 +11,7 @@ from typing import Any
 
 import orjson
 from fastapi import Response
+from httptools import HttpParserError, HttpParserUpgrade, HttpRequestParser
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -22,9 +23,10 @@ MOST_HEAD = 65_536  # bytes of a request before its body
 OPEN = {("GET", "/health"), ("HEAD", "/health"), ("GET", "/metrics"), ("HEAD", "/metrics")}  # need no key
 
 
-def refusal_of(refusal: Refused) -> Response:
+def refusal_of(refusal: Refused, headers: Mapping[str, str] | None = None) -> Response:
     """The answer that tells why there is no other."""
-    headers = {"Retry-After": str(refusal.retry_after)} if refusal.retry_after else None
+    if refusal.retry_after:
+        headers = {"Retry-After": str(refusal.retry_after)}
     error = {"message": refusal.message, "type": "error", "code": refusal.status}
     return Response(orjson.dumps({"error": error}), refusal.status, headers, "application/json")
 
@@ -142,12 +144,20 @@ def protocol(seconds: float) -> type[HttpToolsProtocol]:
     """uvicorn's protocol for a connection, that ends it where a client makes it wait or hold without end.
 
     Args:
-        seconds: without a byte taken of an answer that waits.
+        seconds: for a head to arrive, or the rest of a body that was answered before its end; and without a
+            byte taken of an answer that waits.
     """
     return type("BoundedProtocol", (_Bounded,), {"seconds": seconds})
 
 
 class _Bounded(HttpToolsProtocol):
+    """One request at a time, and none that changes the protocol.
+
+    Behind the answer to a request that another followed too early the connection is closed: the client is to
+    send the others again (RFC 9112, section 9.3.2). An offer to upgrade, which Java's client makes with every
+    first request, is left aside, where uvicorn would lose the request's body.
+    """
+
     seconds = 30.0
 
     def connection_made(self, transport: Any) -> None:
@@ -157,12 +167,24 @@ class _Bounded(HttpToolsProtocol):
         if option is not None and own is not None and own.family != socket.AF_UNIX:
             own.setsockopt(socket.IPPROTO_TCP, option, PIECE)
         self.loose = 0  # bytes since the last that were a body's
-        self.in_head = True
-        self.waiting: asyncio.TimerHandle | None = None
+        self.in_head, self.deaf = True, False
+        self.late: asyncio.TimerHandle | None = None
+        self.unsent: asyncio.TimerHandle | None = None
+        self._expect()
 
     def data_received(self, data: bytes) -> None:
+        if self.deaf:
+            return
+        self._unset_keepalive_if_required()
+        if self.in_head and self.late is None and not self._busy():
+            self._expect()
         self.loose += len(data)
-        super().data_received(data)
+        try:
+            self.parser.feed_data(data)
+        except HttpParserUpgrade as upgrade:
+            self._go_on_without_upgrade(data[upgrade.args[0] :])
+        except HttpParserError:
+            self._refuse("Invalid HTTP request received.")
         if self.loose > MOST_HEAD and not self.transport.is_closing():
             if self.in_head:
                 status = b"HTTP/1.1 431 Request Header Fields Too Large\r\n"
@@ -170,47 +192,111 @@ class _Bounded(HttpToolsProtocol):
                 self.transport.close()
             else:  # trailers, or what stands beside a chunk's length
                 self.transport.abort()
+        self._watch_unsent()
+
+    def _busy(self) -> bool:
+        """Whether a request waits for its answer."""
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def _turn_deaf(self) -> None:
+        """Answer what is being answered, and nothing more."""
+        self.cycle.keep_alive, self.deaf = False, True
+
+    def _refuse(self, message: str) -> None:
+        if self.in_head and self._busy():
+            self._turn_deaf()
+        else:
+            self.send_400_response(message)
+
+    def _go_on_without_upgrade(self, rest: bytes) -> None:
+        method, version = self.parser.get_method(), self.parser.get_http_version().encode()
+        if method == b"CONNECT":
+            self._refuse("CONNECT is for proxies.")
+            return
+        headers = [b"%s: %s\r\n" % header for header in self.headers if header[0] != b"upgrade"]
+        self.parser = HttpRequestParser(self)
+        head = b"%s %s HTTP/%s\r\n%s\r\n" % (method, self.url, version, b"".join(headers))
+        self.data_received(head + rest)
+
+    def on_message_begin(self) -> None:
+        if self._busy():
+            self._turn_deaf()
+        if not self.deaf:
+            super().on_message_begin()
+
+    def on_url(self, url: bytes) -> None:
+        if not self.deaf:
+            super().on_url(url)
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if self.in_head:  # trailers say nothing here
+        if self.in_head and not self.deaf:  # trailers say nothing here
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        self.in_head = False
-        super().on_headers_complete()
+        if not self.deaf and not self.parser.should_upgrade():
+            self.in_head = False
+            self._stop(self.late)
+            self.late = None
+            super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
-        self.loose = 0
-        super().on_body(body)
+        if not self.deaf:
+            self.loose = 0
+            super().on_body(body)
 
     def on_message_complete(self) -> None:
+        if self.deaf or self.parser.should_upgrade():
+            return
         self.loose, self.in_head = 0, True
         super().on_message_complete()
+        if not self._busy():  # it was answered before its end
+            self._stop(self.late)
+            self.late = None
+            keep_alive = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
+            self.timeout_keep_alive_task = keep_alive
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if not self.in_head:
+            self._expect()
+        self._watch_unsent()
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._wait(self.transport.get_write_buffer_size())
+        self._watch_unsent()
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        self._stop_waiting()
+        self._stop(self.unsent)
+        self.unsent = None
+        self._watch_unsent()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._stop_waiting()
+        self._stop(self.late)
+        self._stop(self.unsent)
         super().connection_lost(exc)
 
-    def _wait(self, unsent: int) -> None:
-        """Look again in a while whether the client has taken anything."""
+    def _expect(self) -> None:
+        """End the connection if what is awaited has not arrived in a while."""
+        self._stop(self.late)
+        self.late = self.loop.call_later(self.seconds, self.transport.abort)
+
+    def _watch_unsent(self) -> None:
+        """Look again in a while whether the client has taken anything of what waits."""
+        waiting = self.transport.get_write_buffer_size()
+        if self.unsent is not None or not waiting:
+            return
 
         def look() -> None:
-            now = self.transport.get_write_buffer_size()
-            if now < unsent:
-                self._wait(now)
+            self.unsent = None
+            if self.transport.get_write_buffer_size() < waiting:
+                self._watch_unsent()
             else:
                 self.transport.abort()
 
-        self.waiting = asyncio.get_running_loop().call_later(self.seconds, look)
+        self.unsent = self.loop.call_later(self.seconds, look)
 
-    def _stop_waiting(self) -> None:
-        if self.waiting is not None:
-            self.waiting.cancel()
+    @staticmethod
+    def _stop(timer: asyncio.TimerHandle | None) -> None:
+        if timer is not None:
+            timer.cancel()

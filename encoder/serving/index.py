@@ -70,7 +70,7 @@ class MadeWith(NamedTuple):
 
 
 class _Meta(NamedTuple):
-    """What an index says of itself; an older one tells of no prompt."""
+    """What an index says of itself; an older one tells of no prompt and of no length."""
 
     folder: str
     made: MadeWith
@@ -78,6 +78,7 @@ class _Meta(NamedTuple):
     int8: bool
     probe: np.ndarray
     prompt: str | None
+    max_seq_length: int | None
 
 
 class Hit(NamedTuple):
@@ -135,7 +136,10 @@ def update_index(
     with _database(path, create=True) as database:
         meta = _read_meta(path, database)
         if meta is not None:
-            _check_same(path, meta, folder, dimension=dimension, int8=int8, prompt=prompt)
+            limit = encoder.max_seq_length  # which no short probe would show
+            _check_same(
+                path, meta, folder, dimension=dimension, int8=int8, prompt=prompt, max_seq_length=limit
+            )
             dimension, int8 = meta.dimension, meta.int8
             prompt = prompt if meta.prompt is None else meta.prompt
         if prompt is None:
@@ -151,7 +155,7 @@ def update_index(
         told: dict[str, Any] = {"dimension": len(probe), "int8": bool(int8), "prompt": prompt}
         rows = {"folder": str(folder)}
         if meta is None:
-            told["probe"] = probe.tolist()
+            told |= {"probe": probe.tolist(), "max_seq_length": encoder.max_seq_length}
         if meta is None or model:
             rows["model"], spec = model or "", getattr(encoder, "spec", None)
             told["loading"] = spec.portable() if spec else {}
@@ -379,7 +383,9 @@ def _read_meta(path: Path, database: sqlite3.Connection) -> _Meta | None:
             raise ValueError(f"its probe has the shape {probe.shape}")
         if not isinstance(prompt := told.get("prompt"), str | None):
             raise ValueError(f"its prompt is {prompt!r}")
-        return _Meta(str(rows["folder"]), made, len(probe), bool(told["int8"]), probe, prompt)
+        if not isinstance(limit := told.get("max_seq_length"), int | None):
+            raise ValueError(f"its max_seq_length is {limit!r}")
+        return _Meta(str(rows["folder"]), made, len(probe), bool(told["int8"]), probe, prompt, limit)
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         said = f"no {error}" if isinstance(error, KeyError) else error
         raise _damaged(path, said) from error

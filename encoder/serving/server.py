@@ -1,6 +1,7 @@
 """An encoder behind HTTP: OpenAI's /v1/embeddings, text-embeddings-inference's /embed and friends, /metrics.
 
-Every vector is what `Encoder.encode` returns for the text, but for int8, whose inputs share a scale a batch.
+Every vector is what `Encoder.encode` returns for the text, but for int8, whose inputs share a scale a batch,
+and mixtures of experts, in the last digits.
 Here stand the routes; what a request passes before them is in guard.py, the work is done in service.py and
 batcher.py.
 """
@@ -21,6 +22,7 @@ from fastapi.exceptions import RequestValidationError
 from prometheus_client import generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from pydantic import BaseModel, Field, StrictBool, StrictInt, StrictStr
+from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.routing import Route
 
 import uncausal
@@ -104,12 +106,16 @@ def make_app(load: Callable[[], Any], name: str, limits: Limits | None = None) -
         yield
         await asyncio.to_thread(service.stop)
 
-    app = FastAPI(title="uncausal", version=uncausal.__version__, lifespan=lifespan)
+    app = FastAPI(title="uncausal", version=uncausal.__version__, lifespan=lifespan, redirect_slashes=False)
     app.state.service = service
 
     @app.exception_handler(Refused)
     async def refused(request: Request, refusal: Refused) -> Response:
         return refusal_of(refusal)
+
+    @app.exception_handler(StarletteHTTPException)
+    async def unknown(request: Request, error: StarletteHTTPException) -> Response:
+        return refusal_of(Refused(error.status_code, str(error.detail)), error.headers)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
@@ -193,12 +199,12 @@ def make_app(load: Callable[[], Any], name: str, limits: Limits | None = None) -
     async def models() -> Response:
         return answer({"object": "list", "data": [{"id": name, "object": "model", "owned_by": "uncausal"}]})
 
-    @app.get("/health")
+    @app.api_route("/health", methods=["GET", "HEAD"])
     async def health() -> Response:
         service.ready()
         return answer({"status": "ok"})
 
-    @app.get("/metrics")
+    @app.api_route("/metrics", methods=["GET", "HEAD"])
     async def metrics() -> Response:
         return Response(generate_latest(service.registry), media_type=CONTENT_TYPE_LATEST)
 

@@ -54,6 +54,10 @@ class Limits:
     dimensions: Sequence[int] = ()
 
     def __post_init__(self) -> None:
+        if self.api_key is not None:
+            self.api_key = self.api_key.strip()  # no header could carry the line's end
+            if not self.api_key:
+                raise ValueError("the API key is empty")
         for name, value in vars(self).items():
             if isinstance(value, (int, float)) and not isinstance(value, bool) and not value > 0:
                 raise ValueError(f"{name.replace('_', ' ')} is {value}; it must be above 0")
@@ -193,11 +197,14 @@ class Service:
 
         gone = asyncio.ensure_future(watch())
         try:
-            ids, prompts, truncated = await self.in_tokenizer(len(texts), self.tokenize, texts, prompt, cut)
-            futures = batcher.submit(ids, prompts)
-            vectors = await asyncio.gather(*map(asyncio.wrap_future, futures))
-            if left:  # and the cancellation is still to come
-                await asyncio.sleep(0)
+            try:
+                told = await self.in_tokenizer(len(texts), self.tokenize, texts, prompt, cut)
+                ids, prompts, truncated = told
+                futures = batcher.submit(ids, prompts)
+                vectors = await asyncio.gather(*map(asyncio.wrap_future, futures))
+            finally:
+                if left:  # and the cancellation is still to come
+                    await asyncio.sleep(0)
         except asyncio.CancelledError:
             if not left:
                 raise

@@ -11,6 +11,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from uncausal.encoder.adapters import check_adapter
 from uncausal.encoder.layers import decoder_layers
@@ -53,7 +54,7 @@ def attach_lora(
     linear = {
         path.rsplit(".", 1)[-1]
         for path, module in decoder.named_modules()
-        if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+        if isinstance(module, nn.Linear | Conv1D)
     }
     missing = [target for target in target_modules if target not in linear]
     if missing and tuple(target_modules) != LORA_TARGETS:
