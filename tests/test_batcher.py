@@ -1,7 +1,9 @@
 """The batches of the server: in arrival order, within their budget, each text answered on its own."""
 
 import threading
+import weakref
 
+import numpy as np
 import pytest
 
 pytest.importorskip("fastapi", reason="the server needs `pip install uncausal[serve]`")
@@ -94,6 +96,29 @@ def test_one_bad_text_fails_alone():
     assert [f.result()[0] for f in (*held, *futures[:2], futures[3])] == [0, 1, 2, 3]
     with pytest.raises(RuntimeError, match="bad text"):
         futures[2].result()
+
+
+def test_what_a_failed_batch_held_is_freed_before_its_halves():
+    """An error's traceback holds the batch's tensors, which is what there was no room for."""
+
+    class Full(Held):
+        batches, kept = [], []
+
+        def __call__(self, features):
+            self.kept.append([held() is not None for held in self.batches])
+            batch = np.ones(9)
+            self.batches.append(weakref.ref(batch))
+            if len(features["ids"]) > 1:
+                raise RuntimeError("no room")
+            return super().__call__(features)
+
+    model = Full()
+    model.go.set()
+    batcher = Batcher(model, batch_tokens=9, max_waiting=9)  # type: ignore[arg-type]
+    futures = batcher.submit([[1], [2], [3]])
+    batcher.close()
+    assert [future.result()[0] for future in futures] == [1, 2, 3]
+    assert len(model.kept) >= 3 and not any(map(any, model.kept))
 
 
 def test_a_vector_that_is_not_finite_fails_alone():

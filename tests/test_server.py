@@ -188,6 +188,14 @@ def test_what_has_no_room_is_refused_before_it_is_tokenised(encoder):
             assert server.call(method, path, body)[0] == 503
 
 
+def test_both_routes_cut_to_a_dimension(server, encoder):
+    expected = encoder.encode(TEXTS, truncate_dim=8, normalize_embeddings=True)
+    for path, field in (("/embed", "inputs"), ("/v1/embeddings", "input")):
+        answer = server.call("POST", path, {field: TEXTS, "dimensions": 8})[2]
+        found = answer if field == "inputs" else [row["embedding"] for row in answer["data"]]
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
 def test_tokenize_tells_no_more_than_it_says(server, monkeypatch):
     monkeypatch.setattr(server_module, "MOST_TOKENS_TOLD", 30)
     status, _, answer = server.call("POST", "/tokenize", {"inputs": ["river " * 16] * 2})
