@@ -53,7 +53,7 @@ def staged(path: Path, outdated: str = "") -> Iterator[Path]:
                     shutil.copytree(entry, kept, symlinks=True, copy_function=_link)
                 else:
                     _link(entry, kept)
-        _flush_tree(staging)
+        flush_tree(staging)
         if not (path.exists() and _exchange(staging, path)):
             if path.exists():
                 path.rename(former)
@@ -165,7 +165,7 @@ def _flush(path: Path) -> None:
             os.close(descriptor)
 
 
-def _flush_tree(folder: Path) -> None:
+def flush_tree(folder: Path) -> None:
     """`_flush` for all that lies below a folder, and for itself."""
     for parent, _, names in os.walk(folder):
         for path in (Path(parent, name) for name in names):

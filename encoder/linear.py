@@ -73,7 +73,8 @@ def use_onednn(model: nn.Module) -> None:
     if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         for module in model.modules():
             if type(module) in (nn.Linear, Conv1D):
-                module.__class__ = OneDNNLinear if type(module) is nn.Linear else OneDNNConv1D
+                own: Any = OneDNNLinear if type(module) is nn.Linear else OneDNNConv1D
+                module.__class__ = own
 
 
 def quantize_linear(model: nn.Module, width: int) -> int:

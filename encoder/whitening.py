@@ -6,6 +6,7 @@ Without any training the map brings it out; before training it spares the steps 
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any
@@ -80,7 +81,8 @@ class Whitening:
         Raises:
             ValueError: fewer texts than the vectors have dimensions, or `dim` above those.
         """
-        limit, encoder.max_seq_length = encoder.max_seq_length, self.max_length
+        limit = encoder.max_seq_length
+        encoder.max_seq_length = min(self.max_length, limit or self.max_length)
         drawn = np.random.default_rng(self.seed).permutation(len(texts))[: self.max_texts]
         try:
             with unnormalized(encoder):
@@ -118,6 +120,8 @@ def whitening_map(vectors: np.ndarray, power: float = 1.0, dim: int | None = Non
     variances, directions = np.linalg.eigh(np.cov(vectors.T.astype(np.float64)))
     kept = slice(None, None, -1) if dim is None else slice(-1, -dim - 1, -1)
     variances, directions = variances[kept], directions[:, kept]
+    if not variances[0] > 0:
+        raise DataError("whitening needs texts that differ: all vectors are alike")
     scales = np.maximum(variances, FLOOR * variances[0]) ** (-power / 2)
     scales /= np.sqrt((variances * scales**2).mean())
     weight = (directions * scales).T
@@ -132,7 +136,7 @@ def append_linear(encoder: SentenceTransformer, module: LinearMap) -> None:
     place = len(encoder) - isinstance(encoder[-1], Normalize)
     before = encoder[place - 1]
     if isinstance(before, Dense) and isinstance(before.activation_function, nn.Identity):
-        inner, outer = before.linear, module.linear
+        inner, outer = deepcopy(before.linear), module.linear  # a failed stage puts the one before back
         joined = LinearMap.empty(inner.in_features, outer.out_features)
         weight, inner = outer.weight.data, inner.float().cpu()
         bias = torch.zeros(len(inner.weight)) if inner.bias is None else inner.bias.data

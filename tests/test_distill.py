@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -121,12 +122,40 @@ def test_own_full_depth_teaches_the_pruned(tiny_checkpoint, tmp_path):
     train(student, stage, TEXTS, tmp_path / "run", progress=False)
     assert len(student) == 2 and student.get_embedding_dimension() == 32
     assert np.array_equal(np.load(file), Encoder.from_pretrained(tmp_path / "teacher").encode(TEXTS))
-    assert json.loads(file.with_suffix(".json").read_text())["teacher"] == str(tmp_path / "teacher")
+    assert json.loads(Path(f"{file}.json").read_text())["teacher"] == str(tmp_path / "teacher")
     kept = Distill(vectors=str(file))
     assert np.allclose(np.linalg.norm(kept.targets(TEXTS, "cpu"), axis=1), 1)
     for changed in (replace(stage, teacher="another"), replace(stage, teacher_prompt="query: ")):
         with pytest.raises(ValueError, match="vectors of another teacher than .*, or with another prompt"):
             changed.targets(TEXTS, "cpu")
+
+
+def test_a_teacher_trained_further_in_its_folder_is_another(tiny_checkpoint, tmp_path):
+    """Regression: it was known by its name alone, and its old vectors were taken."""
+    teacher = load(tiny_checkpoint)
+    teacher.save_pretrained(str(tmp_path / "teacher"))
+    stage = Distill(teacher=str(tmp_path / "teacher"), vectors=str(tmp_path / "vectors.npy"), **FAST)
+    stage.targets(TEXTS, "cpu")
+    assert stage.wrote(tmp_path / "vectors.npy")
+    with torch.no_grad():
+        teacher.backbone.layers[0].mlp.down_proj.weight.mul_(-2)
+    teacher.save_pretrained(str(tmp_path / "teacher"))
+    assert not stage.wrote(tmp_path / "vectors.npy")
+
+
+def test_an_interrupted_run_puts_the_map_back_as_it_was(tiny_checkpoint, tmp_path):
+    """Regression: the one it replaced was turned to float32, and the same call was refused."""
+    np.save(tmp_path / "vectors.npy", bag_of_words(16))
+    stage = Distill(vectors=str(tmp_path / "vectors.npy"), max_steps=3, **FAST)
+    encoder = Encoder.from_pretrained(tiny_checkpoint, device="cpu", dtype="bfloat16")
+    encoder.whiten(TEXTS)
+    before = encoder.encode(TEXTS[:5])
+    with pytest.raises(TrainingInterrupted):
+        train(encoder, stage, TEXTS, tmp_path / "run", callbacks=[Signal(1)], progress=False)
+    assert encoder[2].linear.weight.dtype == torch.bfloat16
+    assert np.array_equal(encoder.encode(TEXTS[:5]), before)
+    moved = train(encoder, stage, TEXTS, tmp_path / "run", progress=False)
+    assert moved.steps == 2 and encoder[2].linear.weight.dtype == torch.bfloat16
 
 
 def test_map_does_not_depend_on_who_wrote_the_vectors(tiny_checkpoint, tmp_path):
@@ -214,10 +243,10 @@ def test_wrong_vectors_are_refused(tiny_checkpoint, tmp_path):
     with pytest.raises(ValueError, match="vectors of 7 other texts, not of these 120"):
         stage.prepare(encoder, TEXTS)
     np.save(file, bag_of_words(16))
-    file.with_suffix(".json").write_text('{"texts": "others"}')
+    Path(f"{file}.json").write_text('{"texts": "others"}')
     with pytest.raises(ValueError, match="other texts"):
         stage.prepare(encoder, TEXTS)
-    file.with_suffix(".json").unlink()
+    Path(f"{file}.json").unlink()
     np.save(file, np.where(np.arange(120)[:, None] == 5, 0, bag_of_words(16)))
     with pytest.raises(ValueError, match="vector of text 5 is zero or not finite"):
         stage.prepare(encoder, TEXTS)

@@ -4,16 +4,19 @@ import resource
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from tiny import FAST, PAIRS, TEXTS, Signal, load, losses
 
+from uncausal import Encoder
 from uncausal.encoder import adapters
 from uncausal.encoder.training.progress import TrainingInterrupted
 from uncausal.encoder.training.run import train
 from uncausal.encoder.training.stages.contrastive import Contrastive
+from uncausal.encoder.training.stages.distill import Distill
 from uncausal.encoder.training.stages.mntp import MNTP
 from uncausal.encoder.training.stages.simcse import SimCSE
 from uncausal.encoder.training.trainer import count_tokens
@@ -119,6 +122,42 @@ def test_interrupted_run_goes_on_as_if_nothing_had_happened(
     found = train(merged, stage, data, tmp_path / "cut", progress=False)
     assert found.steps == 0 and losses(found) == losses(whole)
     torch.testing.assert_close(merged.encode(TEXTS[:3]), encoder.encode(TEXTS[:3]), rtol=0, atol=0)
+
+
+def test_a_signal_in_the_last_step_stops_what_follows(checkpoint, tmp_path):
+    """Regression: the stage ended as if nothing had come, and a recipe went on with the next one."""
+    stage = SimCSE(max_steps=2, batch_size=4, lora_r=2, bf16=False)
+    encoder = load(checkpoint)
+    with pytest.raises(TrainingInterrupted, match="simcse ended: the same call or command goes on behind it"):
+        train(encoder, stage, TEXTS, tmp_path, callbacks=[Signal(2)], progress=False)
+    assert train(encoder, stage, TEXTS, tmp_path, progress=False).steps == 0
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_weights_train_without_autocast(checkpoint, tmp_path, dtype):
+    """Regression: the adapter is float32, and got what the layer computes in."""
+    encoder = Encoder.from_pretrained(checkpoint, device="cpu", dtype=dtype)
+    stage = SimCSE(max_steps=2, batch_size=4, lora_r=2, bf16=False)
+    assert train(encoder, stage, TEXTS, tmp_path, progress=False).steps == 2
+
+
+def test_an_evaluation_that_fails_leaves_the_encoder_trained(checkpoint, tmp_path):
+    """Regression: the weights were merged, and the modules taken back."""
+    np.save(tmp_path / "vectors.npy", np.random.default_rng(0).normal(size=(len(TEXTS), 8)))
+    stage = Distill(vectors=str(tmp_path / "vectors.npy"), max_steps=1, batch_size=4, lora_r=2, bf16=False)
+    encoder, whole = load(checkpoint), load(checkpoint)
+    with pytest.raises(ZeroDivisionError):
+        train(encoder, stage, TEXTS, tmp_path / "run", eval=lambda encoder: {"x": 1 / 0}, progress=False)
+    train(whole, stage, TEXTS, tmp_path / "run", progress=False)
+    np.testing.assert_array_equal(encoder.encode(TEXTS[:3]), whole.encode(TEXTS[:3]))
+
+
+def test_an_unreadable_checkpoint_is_passed_over(checkpoint, tmp_path):
+    stage = SimCSE(max_steps=6, batch_size=4, lora_r=2, bf16=False, save_steps=1)
+    with pytest.raises(TrainingInterrupted):
+        train(load(checkpoint), stage, TEXTS, tmp_path, callbacks=[Signal(4)], progress=False)
+    (tmp_path / "checkpoint-4" / adapters.ADAPTER_FILE).write_bytes(b"")
+    assert train(load(checkpoint), stage, TEXTS, tmp_path, progress=False).steps == 3
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux's /proc")

@@ -10,6 +10,7 @@ from sentence_transformers.sentence_transformer.modules import Normalize
 from tiny import FAST, PAIRS, TEXTS, load, save_checkpoint
 
 from uncausal import Contrastive, run_recipe, train
+from uncausal.encoder.data.rows import DataError
 from uncausal.encoder.training.recipes import RecipeError, load_recipe
 from uncausal.encoder.whitening import LinearMap, Whitening, append_linear, whitening_map
 
@@ -261,3 +262,9 @@ def test_what_cannot_be_is_told(checkpoint, tmp_path):
     (tmp_path / "r.toml").write_text(RECIPE.replace("max_texts = 200", "power = 3"))
     with pytest.raises(RecipeError, match=r"stage 1 \(whiten\): Whitening.power"):
         load_recipe(tmp_path / "r.toml")
+
+
+def test_texts_that_are_all_alike_are_refused():
+    """Regression: the map was NaN, and every vector with it."""
+    with pytest.raises(DataError, match="whitening needs texts that differ"):
+        whitening_map(np.ones((40, 4), np.float32))

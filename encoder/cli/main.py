@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has gone, as `head` does
         sys.stdout = None
         return 1
-    except (ValueError, OSError, NotImplementedError, RuntimeError, ImportError) as error:
+    except (ValueError, OSError, NotImplementedError, RuntimeError, ImportError, ArithmeticError) as error:
         if debug:
             raise
         print(f"uncausal: {' '.join(str(error).split())}", file=sys.stderr)

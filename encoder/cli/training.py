@@ -84,6 +84,7 @@ def run(
     data_dir: Path | None = None,
     sts: Path | None = None,
     plan: bool = False,
+    no_resume: bool = False,
     as_json: Json = False,
 ) -> None:
     """Run every step of a recipe.
@@ -99,6 +100,7 @@ def run(
         sts: STS Benchmark file, or folder of sts-dev.csv, to score the encoder on after every stage, for its
             model card; by default stsbenchmark/ of the data directory, where it is.
         plan: train nothing; time a step of every stage and print steps, tokens, memory and hours.
+        no_resume: start afresh and remove what an earlier run left in OUTPUT.
     """
     if list:
         for name, variants in list_recipes().items():
@@ -120,7 +122,7 @@ def run(
     assert output is not None
     check_writable(output, folder=True)
     check_replaceable(output)
-    encoder = run_recipe(loaded, output, eval=scorer(sts, data_dir), **options)
+    encoder = run_recipe(loaded, output, eval=scorer(sts, data_dir), resume=not no_resume, **options)
     if PartialState().is_main_process:
         report(facts(encoder, output), as_json)
 

@@ -55,15 +55,19 @@ def step_of(checkpoint: Path) -> int:
 
 
 def last_checkpoint(run: Path) -> Path | None:
-    """The last checkpoint whose tensors are finite; those behind it that are not are removed."""
+    """The last checkpoint whose tensors can be read and are finite; those behind it are removed."""
     last, bad = None, []
     with together():  # a process that removes what another still reads would part their ways
         for path in reversed(checkpoints(run)):
             files = [path / name for name in (ADAPTER_FILE, EXTRA_FILE) if (path / name).exists()]
-            if all(bool(tensor.isfinite().all()) for file in files for tensor in _read(file)):
-                last = path
-                break
-            logger.warning("%s holds weights that are not finite: going on from the one before", path)
+            try:
+                if all(bool(tensor.isfinite().all()) for file in files for tensor in _read(file)):
+                    last = path
+                    break
+                why = "holds weights that are not finite"
+            except SafetensorError as error:
+                why = f"is damaged ({error})"
+            logger.warning("%s %s: going on from the one before", path, why)
             bad.append(path)
     if PartialState().is_main_process:
         for path in bad:
@@ -86,6 +90,20 @@ def weights_digest(encoder: SentenceTransformer) -> str:
     return f"{weights:08x}"
 
 
+def describe_encoder(encoder: SentenceTransformer, weights: str | None = None) -> dict[str, Any]:
+    """What decides an encoder's vectors; `weights` is its `weights_digest`, where that is known."""
+    backbone: Any = encoder[0].auto_model  # type: ignore[union-attr]
+    return {
+        "model": weights or weights_digest(encoder),
+        "attention": f"{_mode(backbone)}, {backbone.config._attn_implementation}",
+        "max_seq_length": encoder.max_seq_length,
+        # What stands between a text and its vector but weights: pooling, templates.
+        "modules": [_settings(module) for module in encoder],
+        "encoder_prompts": encoder.prompts,
+        "tokenizer": f"{zlib.crc32(tokenizer_state(encoder.tokenizer).encode()):08x}",
+    }
+
+
 def describe(
     encoder: SentenceTransformer, stage: Stage, dataset: Any, loss: nn.Module | None, weights: str
 ) -> dict[str, Any]:
@@ -94,18 +112,11 @@ def describe(
     `weights` is the `weights_digest` before the stage: what it appends is in its checkpoints, and need not be
     the same to the bit when it is made again.
     """
-    backbone: Any = encoder[0].auto_model  # type: ignore[union-attr]
     settings = {k: v for k, v in dataclasses.asdict(stage).items() if k not in FREE_TO_CHANGE}
     description = {
         "stage": stage.name,
         **settings,
-        "model": weights,
-        "attention": f"{_mode(backbone)}, {backbone.config._attn_implementation}",
-        "max_seq_length": encoder.max_seq_length,
-        # What stands between a text and its vector but weights: pooling, templates.
-        "modules": [_settings(module) for module in encoder],
-        "encoder_prompts": encoder.prompts,
-        "tokenizer": f"{zlib.crc32(tokenizer_state(encoder.tokenizer).encode()):08x}",
+        **describe_encoder(encoder, weights),
         "loss": None if loss is None else _loss_settings(loss, encoder),
         "data": f"{digest(dataset):08x}",
         "processes": PartialState().num_processes,
@@ -163,7 +174,7 @@ def open_run(run: Path, description: dict[str, Any], resume: bool) -> None:
             shown = ", ".join(f"{k} ({before.get(k)!r} there, {description.get(k)!r} here)" for k in changed)
             differs = f"a run that differs in {shown}" if before else "a run of unknown settings"
             raise ValueError(
-                f"{run} holds {differs}. Choose another folder, or pass resume=False to replace it."
+                f"{run} holds {differs}. Choose another folder, or replace it: resume=False, or --no-resume."
             )
 
 

@@ -20,7 +20,7 @@ from uncausal.encoder.data.rows import named
 from uncausal.encoder.files import staged, staged_file
 from uncausal.encoder.model import Encoder
 from uncausal.encoder.pruning import Choice, Depths, Pruning
-from uncausal.encoder.training.checkpoints import FINAL, RECORD, weights_digest
+from uncausal.encoder.training.checkpoints import FINAL, RECORD, describe_encoder
 from uncausal.encoder.training.ranks import process_state, together
 from uncausal.encoder.training.recipes import SELF, Recipe, Step
 from uncausal.encoder.training.run import train
@@ -69,7 +69,9 @@ def run_recipe(
     """
     steps, stages = recipe.with_data(data, data_dir), Path(output) / "stages"
     name = str(model or recipe.model)
-    encoder = Encoder.from_pretrained(name, **recipe.loading(options))
+    with torch.random.fork_rng():  # new weights, as latent pooling's, are the same for the same call again
+        torch.manual_seed(0)
+        encoder = Encoder.from_pretrained(name, **recipe.loading(options))
     process_state(encoder.device)
     records, teacher = [], None
     for number, step in enumerate(steps, 1):
@@ -110,12 +112,12 @@ def settings_of(step: Step, teacher: Path | None, folder: Path, resume: bool = T
     A teacher encodes once: its vectors are kept beside the checkpoints, until another teaches.
     """
     stage: Any = step.settings
+    if isinstance(stage, Distill) and stage.teacher == SELF:
+        stage = replace(stage, teacher=str(teacher))
     if not isinstance(stage, Distill) or stage.vectors is not None:
         return stage
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / VECTORS
-    if stage.teacher == SELF:
-        stage = replace(stage, teacher=str(teacher))
     with together():
         if PartialState().is_main_process and not (resume and stage.wrote(file)):
             file.unlink(missing_ok=True)
@@ -125,12 +127,7 @@ def settings_of(step: Step, teacher: Path | None, folder: Path, resume: bool = T
 def choose(step: Step, encoder: Encoder, folder: Path, data_dir: Any, resume: bool, progress: bool) -> Choice:
     """Decide a depth, or take what an earlier run decided for the same settings, data and model."""
     pruning: Any = step.settings
-    made_for = {
-        "settings": asdict(pruning),
-        "data": repr(step.data) if pruning.needs_data else None,
-        "pooling": encoder.pooling,
-        "weights": weights_digest(encoder),
-    }
+    made_for = _made_for(step, encoder, pruning.needs_data)
     file = folder / CHOICE
     if resume and file.exists():
         with suppress(ValueError, KeyError):
@@ -157,7 +154,7 @@ def whitening(
     Made again, it would be another in its last bits, and no stage after it could go on.
     """
     settings: Any = step.settings
-    made_for = {"settings": asdict(settings), "data": repr(step.data), "weights": weights_digest(encoder)}
+    made_for = _made_for(step, encoder, True)
     note, weights = folder / CHOICE, folder / MAP
     if resume and note.exists() and json.loads(note.read_text()) == made_for:
         return LinearMap.load(str(weights)).requires_grad_(False)
@@ -173,6 +170,18 @@ def whitening(
     return fitted
 
 
+def _made_for(step: Step, encoder: Encoder, reads: bool) -> dict[str, Any]:
+    """What a depth or a map depends on, as JSON gives it back; a file of data by its size and its time."""
+    settings: Any = step.settings
+    sources = step.data.values() if isinstance(step.data, Mapping) else [step.data]
+    files = [Path(x).stat() for x in sources if isinstance(x, str | Path) and Path(x).is_file()]
+    data = (
+        [repr(step.data), repr(step.lender), [[x.st_size, x.st_mtime_ns] for x in files]] if reads else None
+    )
+    told = {"settings": asdict(settings), "data": data, "encoder": describe_encoder(encoder)}
+    return json.loads(json.dumps(told, default=str))
+
+
 def texts_of_pairs(pairs: Dataset | DatasetDict, count: int) -> list[str]:
     """About `count` texts of pairs, of every set and column alike."""
     columns = [
@@ -186,7 +195,7 @@ def texts_of_pairs(pairs: Dataset | DatasetDict, count: int) -> list[str]:
 
 def save_once(encoder: Encoder, folder: Path, resume: bool) -> None:
     """Save the encoder for a later stage to learn from, unless it is there already."""
-    note, digest = folder.with_suffix(".json"), weights_digest(encoder)
+    note, digest = folder.with_suffix(".json"), json.loads(json.dumps(describe_encoder(encoder), default=str))
     with together():
         known = resume and folder.exists() and note.exists() and json.loads(note.read_text()) == digest
         if PartialState().is_main_process and not known:

@@ -96,13 +96,15 @@ class LowRankLinear(LoraLinear):
         if not plain or args or kwargs or self.disable_adapters or self.merged or self.lora_variant:
             return super().forward(x, *args, **kwargs)
         [name] = self.active_adapters
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        out = self.base_layer(x)
         a: Any = self.lora_A[name]
+        own = a.weight.dtype
+        if torch.is_autocast_enabled(x.device.type):
+            own = torch.get_autocast_dtype(x.device.type)
+            x = x.to(own)
+        out = self.base_layer(x)
         b: Any = self.lora_B[name]
         dropout: Any = self.lora_dropout[name]
-        down = a(dropout(x.to(out.dtype))) * self.scaling[name]
+        down = a(dropout(x.to(own))) * self.scaling[name]
         if down.dtype != out.dtype or b.bias is not None:
             return out + b(down).to(out.dtype)
         return torch.addmm(out.flatten(0, -2), down.flatten(0, -2), b.weight.t()).view_as(out)
@@ -124,7 +126,9 @@ class InputDropout(nn.Dropout):
 
 
 def check_layers(decoder: Any, trainable_layers: Sequence[int] | None) -> None:
-    """Refuse numbers of layers that the model does not have."""
+    """Refuse numbers of layers that the model does not have, and none."""
+    if trainable_layers is not None and not len(trainable_layers):
+        raise ValueError("trainable_layers is empty; None are all of them")
     outside = [index for index in trainable_layers or () if not 0 <= index < len(decoder)]
     if outside:
         raise ValueError(f"layers {outside} do not exist: the model has the layers 0 to {len(decoder) - 1}")

@@ -115,7 +115,6 @@ class Mining:
             )
         rest = pairs.select(kept)
         columns = {name: rest[name][:] for name in rest.column_names if not NEGATIVE.fullmatch(name)}
-        columns["positive"] = [documents[i] for i in right[kept]]
         for place, found in enumerate(chosen[asked[kept]].T, 1):
             name = "negative" if self.num_negatives == 1 else f"negative_{place}"
             columns[name] = [documents[i] for i in found]

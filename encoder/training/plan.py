@@ -93,6 +93,8 @@ def measure(encoder: Encoder, step: Step, folder: Path, data_dir: Any) -> dict[s
     changes: dict[str, Any] = {"max_steps": 2, "batch_size": batch, "mini_batch_size": small}
     if hasattr(stage, "mini_batch_num_tokens"):
         changes["mini_batch_num_tokens"] = None
+    if hasattr(stage, "lens_steps"):
+        changes["lens_steps"] = min(stage.lens_steps, 2)
     changes |= {"logging_steps": 1, "schedule_steps": None, "warmup_steps": 0, "report_to": "none"}
     if isinstance(stage, Distill):  # the vectors of a teacher cost what they cost only once
         changes |= {"teacher": None, "vectors": str(_random_vectors(encoder, data, folder))}

@@ -79,11 +79,12 @@ class Step:
 
     def read(self, folder: str | Path | None = None) -> Any:
         """Return the data as the stage takes it; `folder` is the data directory of sources local:NAME."""
-        several = isinstance(self.data, Mapping) and all(isinstance(s, str) for s in self.data.values())
+        given = self.data.values() if isinstance(self.data, Mapping) else [None]
+        several = all(isinstance(source, str | Path) for source in given)
         sets = {name: _read(source, folder) for name, source in self.data.items()} if several else None
         if self.takes_pairs:
             data = _read(self.data, folder) if sets is None else sets
-            told = {name: getattr(self.lender, name, None) for name in ("columns", "min_score")}
+            told = {name: getattr(self.lender, name, None) for name in ("columns", "negatives", "min_score")}
             return read_pairs(data, **told) if any(x is not None for x in told.values()) else data
         parts = [_read(self.data, folder)] if sets is None else list(sets.values())
         return [text for part in parts for text in _texts(part)]

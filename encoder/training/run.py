@@ -34,9 +34,10 @@ from uncausal.encoder.training.checkpoints import (
 )
 from uncausal.encoder.training.lora import attach_lora, check_layers, load_trainable
 from uncausal.encoder.training.progress import Progress, StopOnSignal, TrainingInterrupted
-from uncausal.encoder.training.ranks import process_state, together, total
+from uncausal.encoder.training.ranks import anywhere, process_state, together, total
 from uncausal.encoder.training.stages.base import LossFactory, Stage
 from uncausal.encoder.training.trainer import Evaluate, StageTrainer
+from uncausal.encoder.whitening import LinearMap
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +105,11 @@ def train(
         FloatingPointError: the loss became infinite or NaN.
     """
     with _modules_as_before(encoder):
-        return _train(encoder, stage, data, Path(output_dir), resume, eval, loss, callbacks, progress)
+        result = _train(encoder, stage, data, Path(output_dir), resume, eval, loss, callbacks, progress)
+    encoder.eval()
+    if eval is not None:
+        result.metrics = {name: float(value) for name, value in eval(encoder).items()}
+    return result
 
 
 def _train(
@@ -142,12 +147,13 @@ def _train(
                     trainer.add_callback(Evaluate(trainer, encoder, eval, stage.eval_steps))
                 for callback in callbacks:
                     trainer.add_callback(callback)
-                record = _run(trainer, stage, run, progress)
+                stop = StopOnSignal()
+                record = _run(trainer, stage, run, progress, stop)
             save_final(encoder, adapter, run, record, description)
+            if anywhere(stop.stopped):
+                raise TrainingInterrupted(f"{stage.name} ended: the same call or command goes on behind it")
         lost = merge_lora(adapter) if adapter is not None else 0.0
-    encoder.eval()
-    metrics = {} if eval is None else {name: float(value) for name, value in eval(encoder).items()}
-    return TrainResult(**record, metrics=metrics, adapter=run / FINAL, lost_in_merge=lost)
+    return TrainResult(**record, metrics={}, adapter=run / FINAL, lost_in_merge=lost)
 
 
 @contextmanager
@@ -199,9 +205,13 @@ def _trainable(encoder: SentenceTransformer, stage: Stage) -> Iterator[PeftModel
                 if id(parameter) not in inside:
                     parameter.requires_grad_(flag)
         before += [(p, p.detach().clone()) for p, _ in flags if p.requires_grad]
-        if not stage.lora_r:
+        maps = [] if stage.lora_r else flags
+        for module in encoder:
+            if stage.lora_r and isinstance(module, LinearMap):
+                maps += [(parameter, True) for parameter in module.parameters() if parameter.requires_grad]
+        if maps:
             # A step is smaller than the last place of most half precision weights, and would be rounded away.
-            for parameter, _ in flags:
+            for parameter, _ in maps:
                 parameter.data = parameter.data.float()
         yield adapter
         _to_dtypes(flags, dtypes)
@@ -223,9 +233,11 @@ def _to_dtypes(flags: list[tuple[nn.Parameter, bool]], dtypes: list[torch.dtype]
         parameter.data = parameter.data.to(dtype)
 
 
-def _run(trainer: StageTrainer, stage: Stage, run: Path, progress: bool) -> dict[str, Any]:
+def _run(
+    trainer: StageTrainer, stage: Stage, run: Path, progress: bool, stop: StopOnSignal
+) -> dict[str, Any]:
     """Train to the end, or write a checkpoint and raise TrainingInterrupted."""
-    stop, bar = StopOnSignal(), Progress(stage.name)
+    bar = Progress(stage.name)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(stop)
     if progress:

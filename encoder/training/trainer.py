@@ -24,6 +24,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from uncausal.encoder import attention as packed_attention
 from uncausal.encoder.batching import release_memory
+from uncausal.encoder.files import flush_tree
 from uncausal.encoder.training.checkpoints import UNWANTED, checkpoints
 from uncausal.encoder.training.lora import load_trainable, save_trainable
 from uncausal.encoder.training.ranks import anywhere, together, total
@@ -102,6 +103,7 @@ class StageTrainer(Trainer):
                 super()._save_checkpoint(model, trial)
             with together():  # one process moves what all have written, and the others wait for it
                 if self.args.should_save:
+                    flush_tree(staging / name)
                     shutil.rmtree(run / name, ignore_errors=True)
                     (staging / name).rename(run / name)
                     for old in checkpoints(run)[:-KEPT_CHECKPOINTS]:

@@ -123,7 +123,7 @@ class Distill(PairStage):
         if vectors.ndim != 2 or vectors.dtype.kind != "f":
             raise ValueError(f"{file}: expected a row of floats a text, got {vectors.dtype} {vectors.shape}")
         note = _note(file)
-        written_for = json.loads(note.read_text())["texts"] if note.exists() else digest
+        written_for = json.loads(note.read_text()).get("texts") if note.exists() else digest
         if self.teacher is not None and note.exists() and not self.wrote(file):
             raise ValueError(
                 f"{file}: holds the vectors of another teacher than {self.teacher!r}, or with another "
@@ -146,8 +146,10 @@ class Distill(PairStage):
 
     def _teacher(self) -> dict[str, Any]:
         """Whose vectors these are; beside a folder that a recipe saved stands what its weights were."""
-        weights = Path(f"{self.teacher}.json")
-        saved = weights.read_text() if weights.is_file() else None
+        weights, folder = Path(f"{self.teacher}.json"), Path(str(self.teacher))
+        files = [(f, f.stat()) for f in sorted(folder.rglob("*.safetensors"))] if folder.is_dir() else []
+        told = [[str(f.relative_to(folder)), stat.st_size, stat.st_mtime_ns] for f, stat in files]
+        saved = weights.read_text() if weights.is_file() else told
         return {"teacher": self.teacher, "prompt": self.teacher_prompt, "weights": saved}
 
     def _taught(self, texts: list[str], device: str) -> np.ndarray:
@@ -207,4 +209,4 @@ def text_digest(texts: Iterable[str]) -> str:
 
 def _note(file: Path) -> Path:
     """What stands beside a file of vectors: whose they are."""
-    return file.with_suffix(".json")
+    return file.with_name(f"{file.name}.json")
