@@ -10,6 +10,7 @@ from datasets import Dataset
 from sentence_transformers.util import SimilarityFunction, mine_hard_negatives
 
 from uncausal.bench.measure import resident_bytes
+from uncausal.encoder.data.pairs import read_pairs
 from uncausal.encoder.training import mining
 from uncausal.encoder.training.mining import BM25, Mining
 
@@ -186,6 +187,14 @@ def test_one_negative_has_the_plain_name():
 def test_other_positives_of_a_query_are_no_negatives():
     rows = mined(pairs=[("query", "right"), ("query", "near")], num_negatives=1)
     assert {row["negative"] for row in rows} == {"far"} and [row["id"] for row in rows] == [0, 1]
+
+
+def test_a_positive_stays_as_it_is_written():
+    """Regression: of two that differ in spaces alone, which is other code, one stood for both."""
+    code = ["if a:\n  b\n  c", "if a:\n  b\nc", "while d: e", "f(g)"]
+    pairs = [{"anchor": f"query {i}", "positive": text} for i, text in enumerate(code)]
+    mined = Mining(num_negatives=1, relative_margin=None).mine(read_pairs(pairs), "bm25")
+    assert list(mined["positive"]) == code[: len(mined)] and len(mined) == 4
 
 
 def test_copies_of_a_positive_are_no_negatives():

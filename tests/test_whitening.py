@@ -1,6 +1,7 @@
 """Whitening: what the map does to vectors, where it stands in an encoder, and what keeps it."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -201,6 +202,14 @@ def test_recipe_fits_once_and_goes_on_with_the_same_map(checkpoint, tmp_path, mo
     assert fits == [1] and np.array_equal(first.encode(TEXTS), again.encode(TEXTS))
     run_recipe(load_recipe("r.toml"), "out", resume=False, **options)
     assert fits == [1, 1]
+    # Regression: a map fitted to other texts or to another pooling was taken for this one's.
+    shutil.rmtree(tmp_path / "out" / "stages" / "2-contrastive")
+    run_recipe(load_recipe("r.toml"), "out", **options, **{"pooling": "last_token"})
+    assert fits == [1] * 3
+    (tmp_path / "texts.txt").write_text("\n".join(TEXTS[::-1] + TEXTS[:1]))
+    shutil.rmtree(tmp_path / "out" / "stages" / "2-contrastive")
+    run_recipe(load_recipe("r.toml"), "out", **options, **{"pooling": "last_token"})
+    assert fits == [1] * 4
     assert json.loads((tmp_path / "out/recipe.json").read_text())["stages"][0]["kind"] == "whiten"
 
 

@@ -175,10 +175,14 @@ def _made_for(step: Step, encoder: Encoder, reads: bool) -> dict[str, Any]:
     settings: Any = step.settings
     sources = step.data.values() if isinstance(step.data, Mapping) else [step.data]
     files = [Path(x).stat() for x in sources if isinstance(x, str | Path) and Path(x).is_file()]
-    data = (
-        [repr(step.data), repr(step.lender), [[x.st_size, x.st_mtime_ns] for x in files]] if reads else None
-    )
-    told = {"settings": asdict(settings), "data": data, "encoder": describe_encoder(encoder)}
+    # of a Dataset the print, as its repr tells columns alone
+    prints = [getattr(x, "_fingerprint", None) for x in sources]
+    data = [repr(step.data), repr(step.lender), prints, [[x.st_size, x.st_mtime_ns] for x in files]]
+    told = {
+        "settings": asdict(settings),
+        "data": data if reads else None,
+        "encoder": describe_encoder(encoder),
+    }
     return json.loads(json.dumps(told, default=str))
 
 

@@ -126,6 +126,9 @@ class Recipe:
         for kind in given.keys() - {*kinds}:
             raise RecipeError(f"recipe {self.name!r} has no stage {kind!r}{_nearest(kind, kinds)}")
         steps = [replace(step, data=given.get(step.kind, step.data)) for step in self.steps]
+        for step in steps:
+            if step.kind in given and isinstance(step.settings, Contrastive) and step.settings.weights:
+                step.settings = replace(step.settings, weights={})  # of sets that are gone
         for number, step in enumerate(steps):
             if step.kind in ("prune", "whiten") and step.needs_data and step.data is None:
                 later = (s for s in steps[number + 1 :] if s.takes_pairs and s.data is not None)

@@ -65,7 +65,8 @@ class Distill(PairStage):
 
     def prepare(self, encoder: SentenceTransformer, data: Any, loss: nn.Module | None = None) -> Dataset:
         """Texts, or a source for `read_texts`, beside the teacher's unit vectors; may append the map."""
-        texts = list(read_texts(data) if isinstance(data, str | Path) else data)
+        given = read_texts(data) if isinstance(data, str | Path) else data
+        texts = [text for text in given if text.strip()]
         if not texts:
             raise DataError("Distill needs texts; found none")
         self.check_size("the data hold", len(texts))
