@@ -346,9 +346,9 @@ def test_data_of_the_callers_own_need_none_of_the_recipes_sets(tmp_path):
     """Regression: the recipe's weights named sets that were gone, told only after other stages."""
     (tmp_path / "p.jsonl").write_text('{"anchor": "a", "positive": "b"}\n')
     recipe = load_recipe("encoder")
-    assert recipe.steps[-1].settings.weights
-    [*_, last] = recipe.with_data({"contrastive": str(tmp_path / "p.jsonl")}, tmp_path)
-    assert last.settings.weights == {} and recipe.steps[-1].settings.weights
+    assert recipe.steps[1].settings.weights
+    _, own, *_ = recipe.with_data({"contrastive": str(tmp_path / "p.jsonl")}, tmp_path)
+    assert own.settings.weights == {} and recipe.steps[1].settings.weights
 
 
 def test_texts_of_several_sources_are_one_after_another(tmp_path):
