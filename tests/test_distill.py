@@ -130,6 +130,24 @@ def test_own_full_depth_teaches_the_pruned(tiny_checkpoint, tmp_path):
             changed.targets(TEXTS, "cpu")
 
 
+def test_a_teacher_reads_no_more_than_it_may(tiny_checkpoint, tmp_path):
+    load(tiny_checkpoint).save_pretrained(str(tmp_path / "teacher"))
+    long = [f"{text} {' '.join(WORDS)}" for text in TEXTS]
+    whole, cut = (
+        Distill(teacher=str(tmp_path / "teacher"), teacher_max_length=n, vectors=str(tmp_path / f"{n}.npy"))
+        for n in (None, 5)
+    )
+    found = [stage.targets(given, "cpu") for stage, given in ((whole, long), (cut, long))]
+    assert not np.allclose(*found, atol=0.1)
+    short = [" ".join(text.split()[:5]) for text in long]
+    np.testing.assert_allclose(
+        Distill(teacher=str(tmp_path / "teacher")).targets(short, "cpu"), found[1], atol=0.02
+    )
+    assert not replace(cut, teacher_max_length=6).wrote(tmp_path / "5.npy")
+    with pytest.raises(ValueError, match="teacher_max_length is 0; it must be above 0"):
+        Distill(teacher="a", teacher_max_length=0)
+
+
 def test_a_teacher_trained_further_in_its_folder_is_another(tiny_checkpoint, tmp_path):
     """Regression: it was known by its name alone, and its old vectors were taken."""
     teacher = load(tiny_checkpoint)

@@ -46,6 +46,7 @@ class Distill(PairStage):
         vectors: .npy file of the teacher's vectors, a row a text. Written if it is not there; it must be
             where no teacher is named.
         teacher_prompt: put before every text for the teacher alone.
+        teacher_max_length: tokens of a text that the teacher reads; its own limit by default.
         linear_map: whether to append the map (one that the encoder ends with is absorbed); by default where
             the dimensions differ.
     """
@@ -53,6 +54,7 @@ class Distill(PairStage):
     teacher: str | None = None
     vectors: str | None = None
     teacher_prompt: str | None = None
+    teacher_max_length: int | None = None
     linear_map: bool | None = None
     batch_size: int = 32
     learning_rate: float = 1e-4
@@ -62,6 +64,8 @@ class Distill(PairStage):
         super().__post_init__()
         known = self.teacher is not None or self.vectors is not None
         self._require("teacher", known, "a model's name or folder, or vectors=FILE.npy must be given")
+        length = self.teacher_max_length
+        self._require("teacher_max_length", length is None or length > 0, "above 0")
 
     def prepare(self, encoder: SentenceTransformer, data: Any, loss: nn.Module | None = None) -> Dataset:
         """Texts, or a source for `read_texts`, beside the teacher's unit vectors; may append the map."""
@@ -151,12 +155,16 @@ class Distill(PairStage):
         files = [(f, f.stat()) for f in sorted(folder.rglob("*.safetensors"))] if folder.is_dir() else []
         told = [[str(f.relative_to(folder)), stat.st_size, stat.st_mtime_ns] for f, stat in files]
         saved = weights.read_text() if weights.is_file() else told
-        return {"teacher": self.teacher, "prompt": self.teacher_prompt, "weights": saved}
+        read = {"prompt": self.teacher_prompt, "max_length": self.teacher_max_length}
+        return {"teacher": self.teacher, "weights": saved, **read}
 
     def _taught(self, texts: list[str], device: str) -> np.ndarray:
         """The teacher's vectors as it gives them, float32."""
         assert self.teacher is not None
         teacher = load_model(self.teacher, device=device)
+        limit = self.teacher_max_length
+        if limit is not None:
+            teacher.max_seq_length = min(limit, teacher.max_seq_length or limit)
         options: dict[str, Any] = {"prompt": self.teacher_prompt, "convert_to_numpy": True}
         return teacher.encode(texts, show_progress_bar=True, **options).astype(np.float32)
 
