@@ -70,6 +70,8 @@ def test_help_names_every_argument(command, capsys, monkeypatch):
             "--data",
             "--data-dir",
             "--plan",
+            "--no-resume",
+            "--seed",
             "--json",
         },
         "eval": {"MODEL", *options(evaluation.evaluate)},

@@ -138,9 +138,11 @@ def test_run_takes_a_recipe_of_the_package_by_name(byte_llama, cli_folder, tmp_p
     monkeypatch.setattr("uncausal.encoder.cli.training.load_recipe", shortened)
     texts = ["--data", f"simcse={cli_folder / 'texts.txt'}", "--data", f"mntp={cli_folder / 'texts.txt'}"]
     options = ["--variant", "mistral", "--model", byte_llama, *texts, "--sts", cli_folder, "--json"]
+    options += ["--seed", 7]
     facts = json.loads(run(capsys, "run", "llm2vec", tmp_path / "out", *options).splitlines()[-1])
     assert facts["attention"] == "bidirectional" and (tmp_path / "out" / "stages" / "2-simcse").is_dir()
     stages = json.loads((tmp_path / "out" / "recipe.json").read_text())["stages"]
+    assert [stage["settings"]["seed"] for stage in stages] == [7, 7]
     scores = [stage["outcome"]["metrics"]["sts_dev_spearman"] for stage in stages]
     found = evaluate_sts(Encoder.from_pretrained(tmp_path / "out"), read_sts(cli_folder, "dev")).spearman
     assert len(scores) == 2 and scores[-1] == pytest.approx(found, abs=0.01)

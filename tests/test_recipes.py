@@ -259,6 +259,18 @@ def cut(recipe):
     return recipe
 
 
+def test_seed_reaches_every_step_that_draws():
+    recipe = load_recipe("encoder")
+    seeds = [getattr(step.settings, "seed", None) for step in recipe.with_seed(7).steps]
+    assert dict(zip([step.kind for step in recipe.steps], seeds, strict=True)) == {
+        "whiten": 7,
+        "contrastive": 7,
+        "prune": None,
+        "distill": 7,
+    }
+    assert {getattr(step.settings, "seed", 42) for step in recipe.steps} == {42}
+
+
 @pytest.mark.parametrize(("name", "variant"), [*((n, None) for n in list_recipes()), *MORE])
 def test_every_recipe_runs_from_end_to_end(name, variant, checkpoint, tmp_path):
     """On a tiny model, a step a stage; the sets keep their names, so that weights find them."""

@@ -85,6 +85,7 @@ def run(
     sts: Path | None = None,
     plan: bool = False,
     no_resume: bool = False,
+    seed: int | None = None,
     as_json: Json = False,
 ) -> None:
     """Run every step of a recipe.
@@ -101,6 +102,7 @@ def run(
             model card; by default stsbenchmark/ of the data directory, where it is.
         plan: train nothing; time a step of every stage and print steps, tokens, memory and hours.
         no_resume: start afresh and remove what an earlier run left in OUTPUT.
+        seed: of every step, instead of the recipe's own; three of them tell luck from gain.
     """
     if list:
         for name, variants in list_recipes().items():
@@ -114,6 +116,8 @@ def run(
     if len(sources) != len(data):
         raise ValueError("--data takes STAGE=FILE, for example --data mntp=text.txt")
     loaded = load_recipe(recipe, variant)
+    if seed is not None:
+        loaded = loaded.with_seed(seed)
     options: dict[str, Any] = {"model": model, "data": sources, "data_dir": data_dir}
     if plan:
         planned = plan_recipe(loaded, output, **options)

@@ -110,6 +110,14 @@ class Recipe:
         """The arguments of `Encoder.from_pretrained`: the caller's, the recipe's, and float32 weights."""
         return {"dtype": TRAINED_IN, **self.options, **options}
 
+    def with_seed(self, seed: int) -> "Recipe":
+        """Return the recipe with another seed in every step that draws anything."""
+        drawn = [
+            replace(s, settings=replace(s.settings, seed=seed)) if hasattr(s.settings, "seed") else s
+            for s in self.steps
+        ]
+        return replace(self, steps=drawn)
+
     def with_data(self, data: Mapping[str, Any] | None, folder: str | Path | None = None) -> list[Step]:
         """Return the steps with the caller's data, checked as far as it goes without reading them.
 
