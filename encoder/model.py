@@ -54,6 +54,7 @@ from uncausal.encoder.pooling import (
     LatentPooling,
     Pooling,
     PoolingName,
+    TokenWeights,
     make_pooling,
     pooling_name,
 )
@@ -78,6 +79,7 @@ def _name(module: type) -> str:
 SAVED_NAMES = {
     _name(PackedTransformer): _name(Transformer),
     _name(Pooling): _name(library.Pooling),
+    _name(TokenWeights): _name(library.WordWeights),
     _name(LinearMap): _name(Dense),
 }
 
@@ -100,6 +102,7 @@ class Encoder(SentenceTransformer):
     _module_classes = {
         _name(Transformer): PackedTransformer,
         _name(library.Pooling): Pooling,
+        _name(library.WordWeights): TokenWeights,
         _name(LatentPooling): LatentPooling,
         _name(Dense): LinearMap,
     }
@@ -115,6 +118,7 @@ class Encoder(SentenceTransformer):
         attention: Literal["auto", "uncausal", "sdpa", "eager"] | str = "auto",
         adapter: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
         template: str | None = None,
+        end_token: bool | None = None,
         gguf_file: str | None = None,
         dtype: str | torch.dtype = "auto",
         device: str | None = None,
@@ -146,6 +150,8 @@ class Encoder(SentenceTransformer):
                 instruct models; or a text with "{text}" in it. It is saved with the encoder. What stands
                 before the text is attended and not pooled; plain sentence-transformers pools it too, save
                 with "last_token".
+            end_token: whether an end token follows every text; by default with "last_token". False pools a
+                template's own last token, as PromptEOL does (arXiv 2307.16645).
             gguf_file: name of the GGUF file inside the folder `name_or_path`; its weights are dequantised.
             dtype: "auto" is bfloat16 where the hardware multiplies it, else float32.
             device: as in torch; default: the best available one.
@@ -204,6 +210,8 @@ class Encoder(SentenceTransformer):
             encoder.transformer.frame(template, end=encoder.pooling == "last_token")
         if pooling is not None or not saved:
             encoder.set_pooling(pooling or "mean")
+        if end_token is not None:
+            encoder.transformer.frame(encoder.transformer.template, end=end_token)
         if normalize and not isinstance(encoder._last_module(), Normalize):
             encoder.append(Normalize())
         if max_seq_length is not None:
@@ -312,14 +320,25 @@ class Encoder(SentenceTransformer):
 
     @property
     def pooling(self) -> str:
-        """The name of the pooling, as given to `from_pretrained`."""
+        """The name of the pooling, as given to `from_pretrained`, or "sif" after `weigh_tokens`."""
         return pooling_name(self[1])
 
     def set_pooling(self, pooling: PoolingName) -> None:
         """Replace the pooling. Prompt tokens are never pooled; "last_token" ends texts with an end token."""
+        if self.pooling == "sif":
+            del self[1]
         self[1] = make_pooling(pooling, self.transformer.get_embedding_dimension()).to(self.device)
         if isinstance(self.transformer, PackedTransformer):
             self.transformer.frame(self.transformer.template, end=pooling == "last_token")
+
+    def weigh_tokens(self, texts: Sequence[str], a: float = 1e-4) -> None:
+        """Pool the mean of all tokens' states, the frequent weighing less: a / (a + their share of `texts`).
+
+        SIF (Arora, Liang and Ma, ICLR 2017). The weights are a module of the saved encoder, and are not
+        trained; `set_pooling` removes them.
+        """
+        self.set_pooling("mean")
+        self.insert(1, TokenWeights.sif(self.tokenizer, texts, a).to(self.device))
 
     def merge(self, *adapters: str | os.PathLike[str], **hub: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Merge adapters into the weights: those that `load_adapter` attached, then the given ones.
@@ -351,7 +370,9 @@ class Encoder(SentenceTransformer):
         Raises:
             ValueError: fewer texts than the vectors have dimensions.
         """
-        append_linear(self, Whitening(**settings).fit(self, texts))
+        whitening = Whitening(**settings)
+        whitening.weigh(self, texts)
+        append_linear(self, whitening.fit(self, texts))
 
     def quantize(self) -> None:
         """Turn most of the backbone's weights to int8 for serving on a CPU; the rest becomes float32.

@@ -1,6 +1,7 @@
 """Pooling of packed hidden states: mean, weighted mean, last token, and NV-Embed's latent attention layer."""
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -33,15 +34,22 @@ def make_pooling(name: str, width: int) -> "Pooling | LatentPooling":
 
 
 def pooling_name(module: Any) -> str:
-    """Return the name that `make_pooling` knows a pooling module by, or the library's own name for it."""
-    if isinstance(module, LatentPooling):
-        return "latent"
+    """Return the name that `make_pooling` knows a pooling module by, or the library's own name for it.
+
+    Of token weights it is "sif": the mean that follows them is weighed by them.
+    """
+    if isinstance(module, LatentPooling | TokenWeights):
+        return "latent" if isinstance(module, LatentPooling) else "sif"
     mode = getattr(module, "pooling_mode", None)
     return next((name for name, library in POOLING_MODES.items() if library == mode), str(mode))
 
 
 def pool_packed(
-    hidden: Tensor, cu_seqlens: Tensor, mode: str = "mean", prompt_lengths: int | Tensor | None = None
+    hidden: Tensor,
+    cu_seqlens: Tensor,
+    mode: str = "mean",
+    prompt_lengths: int | Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """Pool packed token states into one vector a sequence, as sentence-transformers does on padded ones.
 
@@ -55,6 +63,7 @@ def pool_packed(
         mode: "mean", "weightedmean" (SGPT, arXiv 2202.08904: weights 1, 2, ... by position) or "lasttoken".
         prompt_lengths: leading tokens of each sequence to leave out, one number or (B,); positions still
             count from the sequence's own start.
+        weights: (T,) floating, further weights of the tokens in a mean; positive.
 
     Returns:
         (B, d) in the dtype of `hidden`.
@@ -71,7 +80,8 @@ def pool_packed(
         return hidden[(cu_seqlens[1:] - 1).to(hidden.device)]
 
     dtype = torch.float32 if hidden.dtype in (torch.float16, torch.bfloat16) else hidden.dtype
-    weights = token_weights(cu_seqlens, hidden.shape[0], skipped, mode).to(hidden.device, dtype)
+    counted = token_weights(cu_seqlens, hidden.shape[0], skipped, mode).to(hidden.device, dtype)
+    weights = counted if weights is None else counted * weights.to(dtype)
     lengths = lengths.to(hidden.device)
     # segment_reduce adds in the order of the tokens on every device; index_add would use atomics on a GPU.
     total = torch.segment_reduce(hidden * weights[:, None], "sum", lengths=lengths, axis=0)
@@ -143,15 +153,53 @@ class Pooling(library.Pooling):
             ValueError: for a sequence with no token, or none behind its prompt.
             NotImplementedError: prompts of several lengths for a mode that has no packed form ("cls", "max").
         """
-        if self.include_prompt or "prompt_mask" not in features:
+        weights: Tensor | None = features.get("token_weights")
+        lengths = None if self.include_prompt else prompt_lengths(features)
+        if weights is None and (lengths is None or "prompt_mask" not in features):
             return super().forward(features, **kwargs)
-        lengths = prompt_lengths(features)
-        assert lengths is not None
         if self.pooling_mode not in PACKED_MODES:
+            assert lengths is not None
             if bool((lengths != lengths[0]).any()):
                 raise NotImplementedError(f"pooling {self.pooling_mode!r} takes one length of prompt a batch")
             return super().forward({**features, "prompt_length": int(lengths[0])}, **kwargs)
-        features["sentence_embedding"] = pool_packed(*_packed(features), str(self.pooling_mode), lengths)
+        if weights is not None:
+            weights, _ = _packed({**features, "token_embeddings": weights[..., None]})
+            weights = weights[:, 0]
+        hidden, cu_seqlens = _packed(features)
+        features["sentence_embedding"] = pool_packed(
+            hidden, cu_seqlens, str(self.pooling_mode), lengths, weights
+        )
+        return features
+
+
+class TokenWeights(library.WordWeights):
+    """A weight for every token of the vocabulary, by which the mean behind it weighs the token's state.
+
+    It writes `token_weights`, of the shape of `input_ids`, into the features. It is saved under the name of
+    the library's module, which weighs padded states in the same way.
+    """
+
+    def __init__(self, vocab: list[str], word_weights: dict[str, float], unknown_word_weight: float = 1):
+        super().__init__(vocab, word_weights, unknown_word_weight)
+        self.requires_grad_(False)
+
+    @classmethod
+    def sif(cls, tokenizer: Any, texts: Sequence[str], a: float = 1e-4) -> "TokenWeights":
+        """Weights a / (a + p), where p is a token's share of all tokens of `texts`.
+
+        That is smooth inverse frequency (SIF; Arora, Liang and Ma, ICLR 2017, section 3). A token that the
+        texts lack counts as half a one.
+        """
+        counts: Counter[int] = Counter()
+        for start in range(0, len(texts), 1000):
+            for ids in tokenizer(list(texts[start : start + 1000]), add_special_tokens=False)["input_ids"]:
+                counts.update(ids)
+        vocab = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+        total = max(sum(counts.values()), 1)
+        return cls(vocab, {v: a / (a + (counts[i] or 0.5) / total) for i, v in enumerate(vocab)})
+
+    def forward(self, features: dict[str, Any]) -> dict[str, Any]:
+        features["token_weights"] = self.emb_layer(features["input_ids"]).squeeze(-1)
         return features
 
 

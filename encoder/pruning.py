@@ -135,7 +135,8 @@ def layer_losses(
             "a batch of one pair has no negative, and the loss is 0 at every depth: give more pairs"
         )
     layers = decoder_layers(encoder.backbone)
-    norm, pooling = final_norm(encoder.backbone), encoder[1]
+    norm, weighed = final_norm(encoder.backbone), encoder.pooling == "sif"
+    pooling = nn.Sequential(*list(encoder)[1 : 3 if weighed else 2])
     features: dict[str, Any] = {}
     embeddings: list[Tensor] = []
 

@@ -61,11 +61,14 @@ class Whitening:
         power: 1 whitens, 0 only centres, between them a part of the way.
         dim: keep so many directions, those of most variance; all by default.
         max_length: tokens; longer texts are cut.
+        sif: weigh tokens by how rare they are in the step's texts, all of them, before anything else: a of
+            `Encoder.weigh_tokens`, 1e-4 say.
     """
 
     max_texts: int = 6000
     power: float = 1.0
     dim: int | None = None
+    sif: float | None = None
     max_length: int = 64
     seed: int = 42
 
@@ -74,6 +77,13 @@ class Whitening:
             raise ValueError(f"Whitening.power is {self.power!r}; it must be in [0, 1]")
         if self.dim is not None and self.dim < 1:
             raise ValueError(f"Whitening.dim is {self.dim!r}; it must be at least 1")
+        if self.sif is not None and not self.sif > 0:
+            raise ValueError(f"Whitening.sif is {self.sif!r}; it must be above 0")
+
+    def weigh(self, encoder: Any, texts: Sequence[str]) -> None:
+        """Weigh the encoder's tokens, where `sif` asks for it."""
+        if self.sif is not None:
+            encoder.weigh_tokens(texts, self.sif)
 
     def fit(self, encoder: SentenceTransformer, texts: Sequence[str], *, progress: bool = False) -> LinearMap:
         """Return the map of the encoder's vectors of `texts`, before they are normalised.

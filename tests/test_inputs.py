@@ -213,6 +213,22 @@ def test_template_with_last_token_in_plain_sentence_transformers(tiny_llama, tmp
     np.testing.assert_allclose(plain.encode(TEXTS), encoder.encode(TEXTS), atol=1e-5)
 
 
+def test_last_token_of_a_template_is_pooled_without_an_end_token(tiny_llama, tmp_path):
+    """As PromptEOL has it, also after a save."""
+    options = {"template": "<|user|>{text}<|end|>", "pooling": "last_token"}
+    encoder, ended = load(tiny_llama, end_token=False, **options), load(tiny_llama, **options)
+    [ids], _, _ = encoder[0].tokenize_texts(["hello"])
+    assert encoder.tokenizer.decode(ids) == "<s><|user|>hello<|end|>"
+    with encoder.padded():
+        states = encoder.encode(TEXTS, output_value="token_embeddings")
+    vectors = encoder.encode(TEXTS)
+    np.testing.assert_allclose(vectors, [row[-1] for row in states], atol=1e-5)
+    assert not np.allclose(vectors, ended.encode(TEXTS), atol=1e-3)
+    encoder.save(tmp_path)
+    for other in (SentenceTransformer(str(tmp_path), device="cpu"), load(tmp_path)):
+        np.testing.assert_allclose(other.encode(TEXTS), vectors, atol=1e-5)
+
+
 @pytest.mark.parametrize("template", ["no slot", "{text} {text}", "Question: {text}"])
 def test_template_that_cannot_be_is_refused(tiny_llama, template):
     """The last of them ends in a space, which this tokenizer makes part of the text's first word."""

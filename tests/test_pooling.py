@@ -2,14 +2,18 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
+from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer import modules as library
+from tiny import load, save_checkpoint
 from transformers import LlamaConfig, LlamaModel
 
-from uncausal.encoder.pooling import LatentPooling, Pooling, pool_packed
+from uncausal import layer_losses
+from uncausal.encoder.pooling import LatentPooling, Pooling, TokenWeights, pool_packed
 from uncausal.kernels.latent_pooling import LatentAttentionPooling
 
 LENGTHS = [[7], [1, 64, 5], [31, 2, 1, 129]]
@@ -213,3 +217,58 @@ def test_latent_pooling_trains_under_lora():
     moved = [name for name, value in pooling.state_dict().items() if not torch.equal(value, before[name])]
     assert moved == list(before)
     assert any(p.abs().sum() > 0 for n, p in backbone.named_parameters() if "lora_B" in n)
+
+
+WORDS = ["the cat sat on the mat", "the dog", "a cat and the dog and the bird", "one"]
+
+
+def test_sif_weighs_a_token_by_its_share_of_the_texts(tmp_path):
+    encoder = load(save_checkpoint(tmp_path))
+    ids = [encoder.tokenizer(text, add_special_tokens=False)["input_ids"] for text in WORDS]
+    flat = [token for row in ids for token in row]
+    module = TokenWeights.sif(encoder.tokenizer, WORDS, a=0.01)
+    weights = module({"input_ids": torch.arange(len(encoder.tokenizer))})["token_weights"]
+    for token in (*set(flat), *(set(range(len(encoder.tokenizer))) - set(flat))):
+        share = (flat.count(token) or 0.5) / len(flat)
+        assert weights[token].item() == pytest.approx(0.01 / (0.01 + share))
+    assert not any(parameter.requires_grad for parameter in module.parameters())
+
+
+def test_sif_pooling_is_the_weighed_mean_packed_padded_and_saved(tmp_path):
+    """A prompt is left out, and plain sentence-transformers makes the same vectors of the saved encoder."""
+    encoder = load(save_checkpoint(tmp_path / "causal"))
+    with encoder.padded():
+        states = encoder.encode(WORDS, output_value="token_embeddings")
+    before = encoder.encode(WORDS)
+    encoder.weigh_tokens(WORDS, a=0.01)
+    assert encoder.pooling == "sif"
+    rows = [torch.tensor(encoder.tokenizer(text)["input_ids"]) for text in WORDS]
+    weights = [encoder[1]({"input_ids": row})["token_weights"] for row in rows]
+    expected = torch.stack([(w[:, None] * s).sum(0) / w.sum() for w, s in zip(weights, states, strict=True)])
+    vectors = encoder.encode(WORDS)
+    assert not np.allclose(vectors, before, atol=1e-3)
+    np.testing.assert_allclose(vectors, expected, atol=1e-6)
+    with encoder.padded():
+        np.testing.assert_allclose(encoder.encode(WORDS), vectors, atol=1e-5)
+        told = encoder.encode(WORDS, prompt="say: ")
+    np.testing.assert_allclose(encoder.encode(WORDS, prompt="say: "), told, atol=1e-5)
+    encoder.save_pretrained(str(tmp_path / "saved"))
+    np.testing.assert_allclose(SentenceTransformer(str(tmp_path / "saved")).encode(WORDS), vectors, atol=1e-5)
+    again = load(tmp_path / "saved")
+    assert again.pooling == "sif" and np.array_equal(again.encode(WORDS), vectors)
+    again.set_pooling("mean")
+    assert [type(module) for module in list(again)[1:]] == [Pooling] and np.array_equal(
+        again.encode(WORDS), before
+    )
+
+
+def test_layer_losses_weigh_tokens_too(tmp_path):
+    """The last layer's loss is that of the encoder's own vectors."""
+    encoder = load(save_checkpoint(tmp_path))
+    pairs = [(a, f"{a} again") for a in WORDS]
+    plain = layer_losses(encoder, pairs, show_progress_bar=False)
+    encoder.weigh_tokens(WORDS, a=0.01)
+    a, b = (F.normalize(torch.from_numpy(encoder.encode(list(x))), dim=1) for x in zip(*pairs, strict=True))
+    expected = F.cross_entropy(a @ b.T / 0.02, torch.arange(len(pairs)))
+    losses = layer_losses(encoder, pairs, show_progress_bar=False)
+    assert losses[-1] == pytest.approx(float(expected), abs=1e-3) and losses != plain

@@ -21,6 +21,7 @@ from uncausal.encoder.training.plan import plan_recipe, plan_table
 from uncausal.encoder.training.recipes import RecipeError, Step, list_recipes, load_recipe
 from uncausal.encoder.training.stages import distill as distill_module
 from uncausal.encoder.training.stages.distill import Distill
+from uncausal.encoder.whitening import Whitening
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 ROWS = [(anchor, positive, TEXTS[(7 * i + 11) % 300]) for i, (anchor, positive) in enumerate(PAIRS[:64])]
@@ -328,6 +329,42 @@ pooling = "latent"
     unpruned = text.replace('[[stage]]\nkind = "prune"\n', "")
     with pytest.raises(RecipeError, match=r"stage 2: teacher 'self' needs a prune stage before it"):
         load_recipe(write(tmp_path / "s.toml", unpruned))
+
+
+def test_recipes_teach_side_by_side(checkpoint, tmp_path, monkeypatch):
+    """Each is followed once, with the seed of the stage, and kept; the student has their widths together."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "texts.txt").write_text("\n".join(TEXTS))
+    model = '[model]\nname = "some/model"\nbidirectional = false\n'
+    whiten = '[[stage]]\nkind = "whiten"\ndata = "texts.txt"\nmax_texts = 60\n'
+    write(tmp_path / "deep.toml", f'{model}pooling = "last_token"\nend_token = false\n{whiten}dim = 8\n')
+    write(tmp_path / "flat.toml", f"{model}num_layers = 1\n{whiten}sif = 0.01\n")
+    distill = '[[stage]]\nkind = "distill"\ndata = "texts.txt"\nseed = 5\n'
+    teachers = 'teacher = ["recipe:deep.toml", "recipe:flat.toml"]\n'
+    recipe = load_recipe(write(tmp_path / "student.toml", f"{model}num_layers = 2\n{distill}{teachers}"))
+    vars(recipe.steps[0].settings).update(FAST | {"max_steps": 1, "batch_size": 8})
+    student = run_recipe(recipe, "out", model=checkpoint, **QUIET)
+    assert student.encode(TEXTS[0]).shape == (8 + 32,) and student.num_layers == 2
+    folder = tmp_path / "out" / "stages" / "1-distill"
+    deep, flat = (load_model(folder / name, device="cpu") for name in ("deep", "flat"))
+    assert deep.pooling == "last_token" and deep.num_layers == 4 and not deep.transformer.ended
+    assert flat.pooling == "sif" and flat.num_layers == 1
+    unit = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in (deep.encode(TEXTS), flat.encode(TEXTS))]
+    np.testing.assert_allclose(np.load(folder / "vectors.npy"), np.concatenate(unit, 1), atol=1e-6)
+    assert json.loads((folder / "deep" / "recipe.json").read_text())["stages"][0]["settings"]["seed"] == 5
+
+    monkeypatch.setattr(Whitening, "fit", None)
+    again = run_recipe(recipe, "out", model=checkpoint, **QUIET)
+    assert np.array_equal(again.encode(TEXTS), student.encode(TEXTS))
+    (tmp_path / "flat.toml").write_text((tmp_path / "flat.toml").read_text().replace("0.01", "0.02"))
+    with pytest.raises(TypeError):  # another recipe is followed anew
+        run_recipe(recipe, "out", model=checkpoint, **QUIET)
+    (tmp_path / "flat.toml").write_text(f'{model}{distill}teacher = "recipe:flat.toml"\n')
+    with pytest.raises(RecipeError, match="stage 1: teacher 'recipe:flat.toml' is this recipe itself"):
+        load_recipe("flat.toml")
+    write(tmp_path / "lost.toml", f'{model}{distill}teacher = "recipe:nowhere"\n')
+    with pytest.raises(FileNotFoundError, match="no recipe 'nowhere'"):
+        load_recipe("lost.toml")
 
 
 def test_a_teacher_encodes_once(checkpoint, tmp_path, monkeypatch):

@@ -259,6 +259,27 @@ def test_borrowed_pairs_are_read_as_the_lending_stage_reads_them(checkpoint, tmp
     assert sorted(seen) == sorted(text for pair in PAIRS[1::2] for text in pair)
 
 
+def test_tokens_are_weighed_before_the_map_is_fitted(checkpoint, tmp_path):
+    """By the call and by a recipe, whose rerun goes on with the same vectors."""
+    encoder = load(checkpoint)
+    encoder.whiten(TEXTS, sif=0.01, max_texts=200)
+    assert encoder.pooling == "sif" and isinstance(encoder[3], LinearMap)
+    expected = load(checkpoint)
+    expected.weigh_tokens(TEXTS, 0.01)
+    expected.whiten(TEXTS, max_texts=200)
+    assert np.array_equal(encoder.encode(TEXTS), expected.encode(TEXTS))
+    (tmp_path / "r.toml").write_text(RECIPE.replace("max_texts = 200", "max_texts = 200\nsif = 0.01"))
+    options = {"model": str(checkpoint), "device": "cpu", "dtype": "float32", "progress": False}
+    data = {"whiten": TEXTS, "contrastive": PAIRS}
+    recipe = load_recipe(tmp_path / "r.toml")
+    first, again = (run_recipe(recipe, tmp_path / "out", data=data, **options) for _ in range(2))
+    assert first.pooling == "sif" and np.array_equal(first.encode(TEXTS), again.encode(TEXTS))
+    whitened = load(tmp_path / "out")
+    assert np.array_equal(whitened.encode(TEXTS), first.encode(TEXTS))
+    with pytest.raises(ValueError, match="Whitening.sif is 0"):
+        Whitening(sif=0)
+
+
 def test_what_cannot_be_is_told(checkpoint, tmp_path):
     with pytest.raises(ValueError, match="needs at least as many texts; there are 9"):
         load(checkpoint).whiten(TEXTS[:9])

@@ -7,6 +7,7 @@ import platform
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, replace
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from uncausal.encoder.model import Encoder
 from uncausal.encoder.pruning import Choice, Depths, Pruning
 from uncausal.encoder.training.checkpoints import FINAL, RECORD, describe_encoder
 from uncausal.encoder.training.ranks import process_state, together
-from uncausal.encoder.training.recipes import SELF, Recipe, Step
+from uncausal.encoder.training.recipes import RECIPE, SELF, Recipe, Step, load_recipe
 from uncausal.encoder.training.run import train
 from uncausal.encoder.training.stages.base import Stage
 from uncausal.encoder.training.stages.distill import Distill
@@ -89,7 +90,15 @@ def run_recipe(
                 append_linear(encoder, whitening(step, encoder, folder, data_dir, resume, progress))
                 outcome = {}
             else:
-                stage = settings_of(step, teacher, folder, resume)
+                teach = partial(
+                    made_teacher,
+                    folder=folder,
+                    model=model,
+                    data_dir=data_dir,
+                    resume=resume,
+                    progress=progress,
+                )
+                stage = settings_of(step, teacher, folder, resume, teach)
                 result = train(encoder, stage, step.read(data_dir), folder, resume, eval, progress=progress)
                 outcome = {"metrics": result.metrics, **outcome_of(folder)}
                 logger.info("%s: %s", step.kind, outcome)
@@ -106,14 +115,24 @@ def set_pooling(encoder: Encoder, step: Step) -> None:
             encoder.set_pooling(step.pooling)  # pyright: ignore[reportArgumentType]
 
 
-def settings_of(step: Step, teacher: Path | None, folder: Path, resume: bool = True) -> Stage:
-    """The stage of a step, with the encoder before the last prune step for the teacher "self".
+def settings_of(
+    step: Step, teacher: Path | None, folder: Path, resume: bool, teach: Callable[[str, int], Path]
+) -> Stage:
+    """The stage of a step; for the teacher "self" the encoder before the last prune step, for others `teach`.
 
     A teacher encodes once: its vectors are kept beside the checkpoints, until another teaches.
     """
     stage: Any = step.settings
-    if isinstance(stage, Distill) and stage.teacher == SELF:
-        stage = replace(stage, teacher=str(teacher))
+    if isinstance(stage, Distill) and stage.teachers:
+        places = [
+            str(teacher)
+            if name == SELF
+            else str(teach(name, stage.seed))
+            if name.startswith(RECIPE)
+            else name
+            for name in stage.teachers
+        ]
+        stage = replace(stage, teacher=places[0] if isinstance(stage.teacher, str) else places)
     if not isinstance(stage, Distill) or stage.vectors is not None:
         return stage
     folder.mkdir(parents=True, exist_ok=True)
@@ -122,6 +141,26 @@ def settings_of(step: Step, teacher: Path | None, folder: Path, resume: bool = T
         if PartialState().is_main_process and not (resume and stage.wrote(file)):
             file.unlink(missing_ok=True)
     return replace(stage, vectors=str(file))
+
+
+def made_teacher(
+    name: str, seed: int, *, folder: Path, model: Any, data_dir: Any, resume: bool, progress: bool
+) -> Path:
+    """Follow the recipe of a teacher "recipe:NAME", unless it is done; of `model` where one is given."""
+    recipe = load_recipe(name.removeprefix(RECIPE)).with_seed(seed)
+    place = folder / recipe.name
+    note = Path(f"{place}.json")  # which the vectors' own note quotes
+    steps = [describe_step(step) for step in recipe.steps]
+    told = {"model": str(model or recipe.model), "options": recipe.options, "steps": steps}
+    if resume and note.exists() and json.loads(note.read_text()) == json.loads(json.dumps(told)):
+        return place
+    logger.info("making the teacher %s", name)
+    run_recipe(recipe, place, model=model, data_dir=data_dir, resume=resume, progress=progress)
+    with together():
+        if PartialState().is_main_process:
+            with staged_file(note) as out:
+                out.write(json.dumps(told).encode())
+    return place
 
 
 def choose(step: Step, encoder: Encoder, folder: Path, data_dir: Any, resume: bool, progress: bool) -> Choice:
@@ -154,12 +193,13 @@ def whitening(
     Made again, it would be another in its last bits, and no stage after it could go on.
     """
     settings: Any = step.settings
+    data = step.read(data_dir)
+    texts = texts_of_pairs(read_pairs(data), settings.max_texts) if step.takes_pairs else data
+    settings.weigh(encoder, texts)
     made_for = _made_for(step, encoder, True)
     note, weights = folder / CHOICE, folder / MAP
     if resume and note.exists() and json.loads(note.read_text()) == made_for:
         return LinearMap.load(str(weights)).requires_grad_(False)
-    data = step.read(data_dir)
-    texts = texts_of_pairs(read_pairs(data), settings.max_texts) if step.takes_pairs else data
     fitted = settings.fit(encoder, texts, progress=progress)
     with together():
         if PartialState().is_main_process:
@@ -276,7 +316,7 @@ def _teaches(steps: list[Step]) -> bool:
     for step in steps:
         if isinstance(step.settings, Pruning):
             return False
-        if isinstance(step.settings, Distill) and step.settings.teacher == SELF:
+        if isinstance(step.settings, Distill) and SELF in step.settings.teachers:
             return True
     return False
 

@@ -5,7 +5,8 @@ name = "mine"
 [[stage]]          in order: kind = "mntp", "simcse", "contrastive", "instruction" or "distill", and fields of
                    that stage; or kind = "prune" or "whiten", and fields of Pruning or Whitening. Any may have
                    data = a file, a dataset's name, local:NAME (data/local.py), or a table of them, a set each
-                   pooling = what the encoder pools with from here on
+                   pooling = what the encoder pools with from here on; a teacher may be "self", the encoder
+                   before the last prune step, or "recipe:NAME", what another recipe makes
 [variant.NAME]     overrides: model.name = ..., stage.mntp.mask_probability = ... (all stages of that kind),
                    without = kinds left out. "one+other" applies two, one after another.
 """
@@ -26,7 +27,6 @@ from uncausal.encoder.pooling import POOLING_MODES
 from uncausal.encoder.pruning import Pruning
 from uncausal.encoder.training.stages.base import Stage
 from uncausal.encoder.training.stages.contrastive import Contrastive
-from uncausal.encoder.training.stages.distill import Distill
 from uncausal.encoder.training.stages.registry import STAGES
 from uncausal.encoder.whitening import Whitening
 
@@ -37,11 +37,12 @@ else:
 
 INCLUDED = Path(uncausal.__file__).parent / "recipes"
 SECTIONS = ("name", "model", "stage", "variant")
-MODEL_KEYS = ("bidirectional", "pooling", "num_layers", "attention", "dtype", "normalize", "max_seq_length")
+MODEL_KEYS = ("bidirectional", "pooling", "template", "end_token", "num_layers", "attention", "dtype")
+MODEL_KEYS += ("normalize", "max_seq_length")
 STEP_KEYS = ("kind", "data", "pooling")
 KINDS = {**STAGES, "prune": Pruning, "whiten": Whitening}
 POOLINGS = (*POOLING_MODES, "latent")
-SELF = "self"
+SELF, RECIPE = "self", "recipe:"  # teachers: the encoder before pruning, and what another recipe makes
 # Of weights that are trained: a step, or a small adapter when it is merged, is less than the last place of
 # most bfloat16 weights. Products are in bfloat16 all the same where the hardware has it.
 TRAINED_IN = "float32"
@@ -215,9 +216,11 @@ def load_recipe(path: str | Path, variant: str | None = None) -> Recipe:
     steps = []
     for number, table in enumerate(tables, 1):
         steps.append(_step(table, f"{path}: stage {number}"))
-        own = isinstance(steps[-1].settings, Distill) and steps[-1].settings.teacher == SELF
-        if own and all(step.kind != "prune" for step in steps):
-            raise RecipeError(f"{path}: stage {number}: teacher {SELF!r} needs a prune stage before it")
+        for teacher in getattr(steps[-1].settings, "teachers", ()):
+            if teacher == SELF and all(step.kind != "prune" for step in steps):
+                raise RecipeError(f"{path}: stage {number}: teacher {SELF!r} needs a prune stage before it")
+            if teacher.startswith(RECIPE) and find_recipe(teacher.removeprefix(RECIPE)).samefile(path):
+                raise RecipeError(f"{path}: stage {number}: teacher {teacher!r} is this recipe itself")
     return Recipe(content.get("name", path.stem), variant, model.pop("name"), model, steps)
 
 

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,8 @@ class Distill(PairStage):
 
     Args:
         teacher: any sentence-transformers model, by name or folder; "package:NAME/FOLDER" is one that an
-            installed package carries. A decoder's is packed, in bf16 where the hardware multiplies it.
+            installed package carries. A decoder's is packed, in bf16 where the hardware multiplies it. Of
+            several the unit vectors are put side by side: their cosines are averaged.
         vectors: .npy file of the teacher's vectors, a row a text. Written if it is not there; it must be
             where no teacher is named.
         teacher_prompt: put before every text for the teacher alone.
@@ -51,7 +52,7 @@ class Distill(PairStage):
             the dimensions differ.
     """
 
-    teacher: str | None = None
+    teacher: str | Sequence[str] | None = None
     vectors: str | None = None
     teacher_prompt: str | None = None
     teacher_max_length: int | None = None
@@ -62,7 +63,7 @@ class Distill(PairStage):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        known = self.teacher is not None or self.vectors is not None
+        known = bool(self.teacher) or self.vectors is not None
         self._require("teacher", known, "a model's name or folder, or vectors=FILE.npy must be given")
         length = self.teacher_max_length
         self._require("teacher_max_length", length is None or length > 0, "above 0")
@@ -150,23 +151,30 @@ class Distill(PairStage):
         return {name: known.get(name) for name in wanted} == wanted
 
     def _teacher(self) -> dict[str, Any]:
-        """Whose vectors these are; beside a folder that a recipe saved stands what its weights were."""
-        weights, folder = Path(f"{self.teacher}.json"), Path(str(self.teacher))
-        files = [(f, f.stat()) for f in sorted(folder.rglob("*.safetensors"))] if folder.is_dir() else []
-        told = [[str(f.relative_to(folder)), stat.st_size, stat.st_mtime_ns] for f, stat in files]
-        saved = weights.read_text() if weights.is_file() else told
+        """Whose vectors these are."""
+        weights: Any = [_weights_of(name) for name in self.teachers]
         read = {"prompt": self.teacher_prompt, "max_length": self.teacher_max_length}
-        return {"teacher": self.teacher, "weights": saved, **read}
+        several = len(self.teachers) > 1
+        return {"teacher": self.teacher, "weights": weights if several else (weights or [None])[0], **read}
+
+    @property
+    def teachers(self) -> list[str]:
+        """The names of all teachers."""
+        named = self.teacher or []
+        return [named] if isinstance(named, str) else list(named)
 
     def _taught(self, texts: list[str], device: str) -> np.ndarray:
-        """The teacher's vectors as it gives them, float32."""
-        assert self.teacher is not None
-        teacher = load_model(self.teacher, device=device)
-        limit = self.teacher_max_length
-        if limit is not None:
-            teacher.max_seq_length = min(limit, teacher.max_seq_length or limit)
-        options: dict[str, Any] = {"prompt": self.teacher_prompt, "convert_to_numpy": True}
-        return teacher.encode(texts, show_progress_bar=True, **options).astype(np.float32)
+        """The teacher's vectors as it gives them, or the unit vectors of several side by side; float32."""
+        parts = []
+        for name in self.teachers:
+            teacher, limit = load_model(name, device=device), self.teacher_max_length
+            if limit is not None:
+                teacher.max_seq_length = min(limit, teacher.max_seq_length or limit)
+            options: dict[str, Any] = {"prompt": self.teacher_prompt, "convert_to_numpy": True}
+            parts.append(teacher.encode(texts, show_progress_bar=True, **options).astype(np.float32))
+        if len(parts) == 1:
+            return parts[0]
+        return np.concatenate([part / np.linalg.norm(part, axis=1, keepdims=True) for part in parts], axis=1)
 
     def make_loss(self, encoder: SentenceTransformer, dataset: Any = None) -> nn.Module:
         return UnitDistance(encoder, self.mini_batch_size if self.embeds_twice else None)
@@ -214,6 +222,15 @@ def text_digest(texts: Iterable[str]) -> str:
     for text in texts:
         digest.update(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest())
     return digest.hexdigest()[:16]
+
+
+def _weights_of(teacher: str) -> Any:
+    """What tells a teacher's weights from others; beside a folder that a recipe saved it is written."""
+    written, folder = Path(f"{teacher}.json"), Path(str(teacher))
+    if written.is_file():
+        return written.read_text()
+    files = [(f, f.stat()) for f in sorted(folder.rglob("*.safetensors"))] if folder.is_dir() else []
+    return [[str(f.relative_to(folder)), stat.st_size, stat.st_mtime_ns] for f, stat in files]
 
 
 def _note(file: Path) -> Path:
