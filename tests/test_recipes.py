@@ -147,12 +147,16 @@ def test_every_variant_of_every_recipe_loads(name, variant, tmp_path, monkeypatc
 
 
 def test_all_recipes_are_there():
-    assert set(list_recipes()) == {"llm2vec", "l3prune", "nv_embed", "fusion", "encoder", "distilled", "code"}
-    small = {"encoder", "distilled"}
+    small = {"encoder", "wikipedia", "prompteol", "distilled"}
+    assert set(list_recipes()) == {"llm2vec", "l3prune", "nv_embed", "fusion", "code", *small}
     assert all("mini" in variants for name, variants in list_recipes().items() if name not in small)
     assert load_recipe("code-mini") == load_recipe("code", "mini")
-    for offline in ("encoder", "distilled"):  # what the README runs with --data-dir
-        assert all(source.startswith("local:") for source in load_recipe(offline).steps[-1].data.values())
+    for offline in small:  # what the README runs with --data-dir
+        data = load_recipe(offline).steps[-1].data
+        sources = list(data.values()) if isinstance(data, dict) else [data]
+        assert all(source.startswith("local:") for source in sources)
+        assert offline not in ("wikipedia", "prompteol") or all("wiki_" in source for source in sources)
+    assert load_recipe("wikipedia", "hub").steps[0].settings.teacher == "recipe:prompteol-hub"
     assert load_recipe("code-coder-1_5b").variant == "coder-1_5b"
 
 
@@ -237,7 +241,7 @@ def test_run_recipe_end_to_end(checkpoint, tmp_path):
     assert stamps == {p: p.stat().st_mtime_ns for p in stamps}
 
 
-def cut(recipe):
+def cut(recipe, checkpoint=None):
     """Every stage of a recipe made short and small enough for the tiny model."""
     for step in recipe.steps:
         pairs = step.data if isinstance(step.data, dict) else {}
@@ -249,13 +253,14 @@ def cut(recipe):
             )
             continue
         fields = {**FAST, "max_steps": 1, "schedule_steps": None, "batch_size": 4, "chunk_tokens": 8}
-        fields |= {"max_length": 8, "matryoshka_dims": [32, 16], "matryoshka_weights": [1.0, 0.5]}
+        fields |= {"max_length": 24, "matryoshka_dims": [32, 16], "matryoshka_weights": [1.0, 0.5]}
         fields |= {"negatives": 1, "mini_batch_size": 2, "columns": None}
         there = vars(step.settings)
         unset = (None, [], (), 0)
         there.update({name: value for name, value in fields.items() if there.get(name) not in unset})
         if step.kind == "distill":
-            step.settings.teacher = "self"  # and not a package that may be missing
+            pruned = any(isinstance(s.settings, Pruning) for s in recipe.steps)
+            step.settings.teacher = "self" if pruned else str(checkpoint)  # not what would have to be there
     recipe.options |= {"num_layers": 3} if "num_layers" in recipe.options else {}
     return recipe
 
@@ -275,7 +280,7 @@ def test_seed_reaches_every_step_that_draws():
 @pytest.mark.parametrize(("name", "variant"), [*((n, None) for n in list_recipes()), *MORE])
 def test_every_recipe_runs_from_end_to_end(name, variant, checkpoint, tmp_path):
     """On a tiny model, a step a stage; the sets keep their names, so that weights find them."""
-    recipe = cut(load_recipe(name, variant))
+    recipe = cut(load_recipe(name, variant), checkpoint)
     encoder = run_recipe(recipe, tmp_path, model=checkpoint, **QUIET)
     assert np.isfinite(encoder.encode(TEXTS[:3])).all()
     record = json.loads((tmp_path / "recipe.json").read_text())
