@@ -40,6 +40,7 @@ PORTABLE: dict[str, type] = {
     "attention": str,
     "adapter": list,
     "template": str,
+    "end_token": bool,
     "normalize": bool,
     "max_seq_length": int,
     "gguf_file": str,
@@ -63,6 +64,7 @@ class EncoderSpec:
     attention: str = "auto"
     adapter: str | Sequence[str] | None = None
     template: str | None = None
+    end_token: bool | None = None
     gguf_file: str | None = None
     dtype: str | torch.dtype = "auto"
     device: str | None = None

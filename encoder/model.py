@@ -175,6 +175,7 @@ class Encoder(SentenceTransformer):
             attention=attention,
             adapter=tuple(str(one) for one in adapters) or None,
             template=template,
+            end_token=end_token,
             gguf_file=gguf_file,
             dtype=dtype,
             device=device,
@@ -207,7 +208,7 @@ class Encoder(SentenceTransformer):
             encoder.prune(num_layers)
         if template is not None:
             template = chat_template(encoder.tokenizer) if template == "chat" else template
-            encoder.transformer.frame(template, end=encoder.pooling == "last_token")
+            encoder.transformer.frame(template, end=encoder.transformer.ended)
         if pooling is not None or not saved:
             encoder.set_pooling(pooling or "mean")
         if end_token is not None:
@@ -325,20 +326,26 @@ class Encoder(SentenceTransformer):
 
     def set_pooling(self, pooling: PoolingName) -> None:
         """Replace the pooling. Prompt tokens are never pooled; "last_token" ends texts with an end token."""
-        if self.pooling == "sif":
+        made = make_pooling(pooling, self.transformer.get_embedding_dimension()).to(self.device)
+        by_last, before = pooling == "last_token", self.pooling
+        if before == "sif":
             del self[1]
-        self[1] = make_pooling(pooling, self.transformer.get_embedding_dimension()).to(self.device)
-        if isinstance(self.transformer, PackedTransformer):
-            self.transformer.frame(self.transformer.template, end=pooling == "last_token")
+        self[1] = made
+        if isinstance(self.transformer, PackedTransformer) and by_last != (before == "last_token"):
+            self.transformer.frame(self.transformer.template, end=by_last)
 
     def weigh_tokens(self, texts: Sequence[str], a: float = 1e-4) -> None:
         """Pool the mean of all tokens' states, the frequent weighing less: a / (a + their share of `texts`).
 
         SIF (Arora, Liang and Ma, ICLR 2017). The weights are a module of the saved encoder, and are not
         trained; `set_pooling` removes them.
+
+        Raises:
+            ValueError: a is not above 0.
         """
+        weights = TokenWeights.sif(self.tokenizer, texts, a).to(self.device)
         self.set_pooling("mean")
-        self.insert(1, TokenWeights.sif(self.tokenizer, texts, a).to(self.device))
+        self.insert(1, weights)
 
     def merge(self, *adapters: str | os.PathLike[str], **hub: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Merge adapters into the weights: those that `load_adapter` attached, then the given ones.
@@ -511,8 +518,19 @@ class Encoder(SentenceTransformer):
 
     def _warn_of_plain_reload(self) -> None:
         """Say where plain sentence-transformers pools other tokens than this package."""
-        if self.pooling == "last_token" or getattr(self[1], "include_prompt", True):
+        weighed = self.pooling == "sif"
+        if weighed and self.dtype != torch.float32:
+            logger.warning(
+                "loaded by plain sentence-transformers, token weights need the encoder in float32: "
+                "model_kwargs={'dtype': 'float32'}"
+            )
+        if self.pooling == "last_token" or getattr(self[2 if weighed else 1], "include_prompt", True):
             return
+        if weighed and any(self.prompts.values()):
+            logger.warning(
+                "loaded by plain sentence-transformers, this encoder's vectors of texts with a prompt are "
+                "shorter: of token weights it adds up the prompt's too"
+            )
         if self.transformer.template is not None:
             logger.warning(
                 "loaded by plain sentence-transformers, this encoder also pools its template's tokens"

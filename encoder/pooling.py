@@ -188,15 +188,28 @@ class TokenWeights(library.WordWeights):
         """Weights a / (a + p), where p is a token's share of all tokens of `texts`.
 
         That is smooth inverse frequency (SIF; Arora, Liang and Ma, ICLR 2017, section 3). A token that the
-        texts lack counts as half a one.
+        texts lack counts as half a one; those that the tokenizer adds to a text count as they are pooled.
+
+        Raises:
+            ValueError: a is not above 0.
         """
+        if not a > 0:
+            raise ValueError(f"SIF's a is {a!r}; it must be above 0")
         counts: Counter[int] = Counter()
         for start in range(0, len(texts), 1000):
-            for ids in tokenizer(list(texts[start : start + 1000]), add_special_tokens=False)["input_ids"]:
+            for ids in tokenizer(list(texts[start : start + 1000]))["input_ids"]:
                 counts.update(ids)
-        vocab = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+        named = {index: token for token, index in tokenizer.get_vocab().items()}
+        vocab = [named.get(i, f"<no token {i}>") for i in range(max(named) + 1)]
         total = max(sum(counts.values()), 1)
         return cls(vocab, {v: a / (a + (counts[i] or 0.5) / total) for i, v in enumerate(vocab)})
+
+    def __repr__(self) -> str:
+        return f"TokenWeights({len(self.vocab)} tokens)"  # the library prints them all, in the model card too
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "TokenWeights":
+        """Stay float32, as what is saved is, whatever the encoder is cast to."""
+        return super()._apply(_never_rounded(fn), recurse)
 
     def forward(self, features: dict[str, Any]) -> dict[str, Any]:
         features["token_weights"] = self.emb_layer(features["input_ids"]).squeeze(-1)
@@ -253,12 +266,7 @@ class LatentPooling(Module):
         The layer multiplies by products of its parameters, which are rounded once; of rounded ones they are
         others.
         """
-
-        def moved(tensor: Tensor) -> Tensor:
-            result = fn(tensor)
-            return tensor.to(result.device) if result.dtype in (torch.float16, torch.bfloat16) else result
-
-        return super()._apply(moved, recurse)
+        return super()._apply(_never_rounded(fn), recurse)
 
     def forward(self, features: dict[str, Any], **kwargs) -> dict[str, Any]:
         """Write `sentence_embedding` (B, d) into the features.
@@ -316,6 +324,16 @@ class LatentPooling(Module):
             )
         cls.load_torch_weights(model_name_or_path, model=module, **where)
         return module
+
+
+def _never_rounded(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """What moves a tensor as `fn` does, but not into half precision."""
+
+    def moved(tensor: Tensor) -> Tensor:
+        result = fn(tensor)
+        return tensor.to(result.device) if result.dtype in (torch.float16, torch.bfloat16) else result
+
+    return moved
 
 
 def _packed(features: dict[str, Any]) -> tuple[Tensor, Tensor]:

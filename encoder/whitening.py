@@ -61,8 +61,7 @@ class Whitening:
         power: 1 whitens, 0 only centres, between them a part of the way.
         dim: keep so many directions, those of most variance; all by default.
         max_length: tokens; longer texts are cut.
-        sif: weigh tokens by how rare they are in the step's texts, all of them, before anything else: a of
-            `Encoder.weigh_tokens`, 1e-4 say.
+        sif: first weigh tokens by how rare they are in the texts: a of `Encoder.weigh_tokens`, 1e-4 say.
     """
 
     max_texts: int = 6000

@@ -246,6 +246,9 @@ def test_wrong_vectors_are_refused(tiny_checkpoint, tmp_path):
     encoder, file = load(tiny_checkpoint), tmp_path / "vectors.npy"
     with pytest.raises(ValueError, match=r"Distill.teacher is None; it must be a model's name"):
         Distill()
+    for wrong in (3, [], ["a", 3], True, {"a": "b"}):
+        with pytest.raises(ValueError, match=r"it must be a model's name or folder, or a list of them"):
+            Distill(teacher=wrong)
     stage = Distill(vectors=str(file))
     with pytest.raises(FileNotFoundError, match="no such file of vectors: .*vectors.npy"):
         stage.prepare(encoder, TEXTS)

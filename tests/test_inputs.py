@@ -225,8 +225,15 @@ def test_last_token_of_a_template_is_pooled_without_an_end_token(tiny_llama, tmp
     np.testing.assert_allclose(vectors, [row[-1] for row in states], atol=1e-5)
     assert not np.allclose(vectors, ended.encode(TEXTS), atol=1e-3)
     encoder.save(tmp_path)
-    for other in (SentenceTransformer(str(tmp_path), device="cpu"), load(tmp_path)):
+    # Regression: asked for what it was saved with, a reload put the end token back.
+    again = (
+        load(tmp_path),
+        load(tmp_path, pooling="last_token"),
+        load(tmp_path, template=options["template"]),
+    )
+    for other in (SentenceTransformer(str(tmp_path), device="cpu"), encoder.spec.load(), *again):
         np.testing.assert_allclose(other.encode(TEXTS), vectors, atol=1e-5)
+    assert encoder.spec.portable()["end_token"] is False
 
 
 @pytest.mark.parametrize("template", ["no slot", "{text} {text}", "Question: {text}"])

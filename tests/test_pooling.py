@@ -1,5 +1,6 @@
 """Packed pooling against sentence-transformers' own on padded states, and the latent attention module."""
 
+import json
 from typing import Any
 
 import numpy as np
@@ -9,11 +10,12 @@ import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer import modules as library
-from tiny import load, save_checkpoint
+from tiny import TEXTS, load, save_checkpoint
 from transformers import LlamaConfig, LlamaModel
 
 from uncausal import layer_losses
 from uncausal.encoder.pooling import LatentPooling, Pooling, TokenWeights, pool_packed
+from uncausal.encoder.training.checkpoints import describe_encoder
 from uncausal.kernels.latent_pooling import LatentAttentionPooling
 
 LENGTHS = [[7], [1, 64, 5], [31, 2, 1, 129]]
@@ -224,7 +226,9 @@ WORDS = ["the cat sat on the mat", "the dog", "a cat and the dog and the bird", 
 
 def test_sif_weighs_a_token_by_its_share_of_the_texts(tmp_path):
     encoder = load(save_checkpoint(tmp_path))
-    ids = [encoder.tokenizer(text, add_special_tokens=False)["input_ids"] for text in WORDS]
+    encoder.transformer.frame("{text} _", end=True)  # what is added to a text is pooled, and counts
+    ids = [encoder.tokenizer(text)["input_ids"] for text in WORDS]
+    assert encoder.tokenizer.convert_ids_to_tokens(ids[0][-2:]) == ["_", "</s>"]
     flat = [token for row in ids for token in row]
     module = TokenWeights.sif(encoder.tokenizer, WORDS, a=0.01)
     weights = module({"input_ids": torch.arange(len(encoder.tokenizer))})["token_weights"]
@@ -256,10 +260,34 @@ def test_sif_pooling_is_the_weighed_mean_packed_padded_and_saved(tmp_path):
     np.testing.assert_allclose(SentenceTransformer(str(tmp_path / "saved")).encode(WORDS), vectors, atol=1e-5)
     again = load(tmp_path / "saved")
     assert again.pooling == "sif" and np.array_equal(again.encode(WORDS), vectors)
+    with pytest.raises(ValueError, match="pooling 'typo' is unknown"):
+        again.set_pooling("typo")
+    assert again.pooling == "sif"
     again.set_pooling("mean")
     assert [type(module) for module in list(again)[1:]] == [Pooling] and np.array_equal(
         again.encode(WORDS), before
     )
+
+
+def test_sif_in_half_precision_is_saved_and_said(tmp_path, caplog):
+    """The weights stay float32, a reload has the same bits, and plain sentence-transformers needs float32."""
+    encoder = load(save_checkpoint(tmp_path / "causal"), dtype="bfloat16")
+    encoder.whiten([f"{a} {b}" for a in WORDS for b in TEXTS[:30]], sif=0.01)
+    assert encoder[1].emb_layer.weight.dtype == torch.float32
+    vectors = encoder.encode(WORDS)
+    encoder.prompts["query"] = "say: "
+    encoder.save_pretrained(str(tmp_path / "saved"))
+    assert (
+        "token weights need the encoder in float32" in caplog.text and "a prompt are shorter" in caplog.text
+    )
+    assert np.array_equal(load(tmp_path / "saved", dtype="bfloat16").encode(WORDS), vectors)
+    plain = SentenceTransformer(str(tmp_path / "saved"), device="cpu", model_kwargs={"dtype": "float32"})
+    exact = load(tmp_path / "saved").encode(WORDS)
+    np.testing.assert_allclose(plain.encode(WORDS), exact, atol=1e-4)
+    assert len((tmp_path / "saved" / "README.md").read_text()) < 20_000 and "TokenWeights(" in repr(encoder)
+    assert '"bird"' not in json.dumps(describe_encoder(encoder)["modules"])
+    with pytest.raises(ValueError, match="SIF's a is 0; it must be above 0"):
+        encoder.weigh_tokens(WORDS, a=0)
 
 
 def test_layer_losses_weigh_tokens_too(tmp_path):

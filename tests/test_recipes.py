@@ -16,12 +16,12 @@ from uncausal import MNTP, Contrastive, Encoder, Instruction, SimCSE, run_recipe
 from uncausal.encoder.data.local import SETS
 from uncausal.encoder.loading import load_model, local_path
 from uncausal.encoder.pruning import Pruning
+from uncausal.encoder.training import follow as follow_module
 from uncausal.encoder.training import plan as planning
 from uncausal.encoder.training.plan import plan_recipe, plan_table
 from uncausal.encoder.training.recipes import RecipeError, Step, list_recipes, load_recipe
 from uncausal.encoder.training.stages import distill as distill_module
 from uncausal.encoder.training.stages.distill import Distill
-from uncausal.encoder.whitening import Whitening
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 ROWS = [(anchor, positive, TEXTS[(7 * i + 11) % 300]) for i, (anchor, positive) in enumerate(PAIRS[:64])]
@@ -351,19 +351,30 @@ def test_recipes_teach_side_by_side(checkpoint, tmp_path, monkeypatch):
     student = run_recipe(recipe, "out", model=checkpoint, **QUIET)
     assert student.encode(TEXTS[0]).shape == (8 + 32,) and student.num_layers == 2
     folder = tmp_path / "out" / "stages" / "1-distill"
-    deep, flat = (load_model(folder / name, device="cpu") for name in ("deep", "flat"))
+    deep, flat = (load_model(folder / "teachers" / name, device="cpu") for name in "01")
     assert deep.pooling == "last_token" and deep.num_layers == 4 and not deep.transformer.ended
     assert flat.pooling == "sif" and flat.num_layers == 1
     unit = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in (deep.encode(TEXTS), flat.encode(TEXTS))]
     np.testing.assert_allclose(np.load(folder / "vectors.npy"), np.concatenate(unit, 1), atol=1e-6)
-    assert json.loads((folder / "deep" / "recipe.json").read_text())["stages"][0]["settings"]["seed"] == 5
+    record = folder / "teachers" / "0" / "recipe.json"
+    assert json.loads(record.read_text())["stages"][0]["settings"]["seed"] == 5
 
-    monkeypatch.setattr(Whitening, "fit", None)
+    followed, follow = [], follow_module.run_recipe
+    monkeypatch.setattr(
+        follow_module, "run_recipe", lambda r, *a, **k: followed.append(r.name) or follow(r, *a, **k)
+    )
     again = run_recipe(recipe, "out", model=checkpoint, **QUIET)
-    assert np.array_equal(again.encode(TEXTS), student.encode(TEXTS))
+    assert np.array_equal(again.encode(TEXTS), student.encode(TEXTS)) and not followed
     (tmp_path / "flat.toml").write_text((tmp_path / "flat.toml").read_text().replace("0.01", "0.02"))
-    with pytest.raises(TypeError):  # another recipe is followed anew
+    with pytest.raises(ValueError, match="differs in data"):  # followed anew, it gives other vectors
         run_recipe(recipe, "out", model=checkpoint, **QUIET)
+    assert followed == ["flat"]
+    (tmp_path / "texts.txt").write_text("\n".join(TEXTS[::-1]))  # both, where their data have changed
+    run_recipe(recipe, "out", model=checkpoint, **QUIET, resume=False)
+    assert followed == ["flat", "deep", "flat"]
+    write(tmp_path / "ring.toml", f'{model}{distill}teacher = "recipe:student.toml"\n')
+    with pytest.raises(RecipeError, match="'recipe:student.toml' is taught by a recipe in turn"):
+        load_recipe("ring.toml")
     (tmp_path / "flat.toml").write_text(f'{model}{distill}teacher = "recipe:flat.toml"\n')
     with pytest.raises(RecipeError, match="stage 1: teacher 'recipe:flat.toml' is this recipe itself"):
         load_recipe("flat.toml")

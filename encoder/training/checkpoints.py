@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from uncausal.encoder.adapters import ADAPTER_FILE
 from uncausal.encoder.files import staged
 from uncausal.encoder.inputs import tokenizer_state
+from uncausal.encoder.pooling import TokenWeights
 from uncausal.encoder.training.lora import EXTRA_FILE, save_trainable
 from uncausal.encoder.training.ranks import together
 
@@ -213,6 +214,8 @@ def _settings(module: Any) -> dict[str, Any]:
     """What a module of the library says of itself, and its name."""
     kind = type(module)
     config = module.get_config_dict() if hasattr(module, "get_config_dict") else {}
+    if isinstance(module, TokenWeights):  # a word for every token; the weights are among the encoder's
+        config = {"vocab": f"{zlib.crc32(json.dumps(module.vocab).encode()):08x}"}
     return {"kind": f"{kind.__module__}.{kind.__qualname__}", **config}
 
 

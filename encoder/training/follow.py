@@ -31,6 +31,9 @@ from uncausal.encoder.whitening import LinearMap, Whitening, append_linear
 
 logger = logging.getLogger(__name__)
 CHOICE, MAP, TEACHER, VECTORS, RESULT = "choice.json", "map", "teacher", "vectors.npy", "recipe.json"
+TEACHERS = "teachers"
+# arguments of `from_pretrained` that are for teachers too
+OF_LOADING = ("attention", "dtype", "device", "token", "trust_remote_code", "cache_dir", "local_files_only")
 PACKAGES = ("uncausal", "torch", "transformers", "sentence-transformers", "peft", "accelerate", "datasets")
 
 
@@ -90,14 +93,9 @@ def run_recipe(
                 append_linear(encoder, whitening(step, encoder, folder, data_dir, resume, progress))
                 outcome = {}
             else:
-                teach = partial(
-                    made_teacher,
-                    folder=folder,
-                    model=model,
-                    data_dir=data_dir,
-                    resume=resume,
-                    progress=progress,
-                )
+                given = {"model": model, "data_dir": data_dir, "resume": resume, "progress": progress}
+                given |= {name: options[name] for name in OF_LOADING if name in options}
+                teach = partial(made_teacher, folder / TEACHERS, **given)
                 stage = settings_of(step, teacher, folder, resume, teach)
                 result = train(encoder, stage, step.read(data_dir), folder, resume, eval, progress=progress)
                 outcome = {"metrics": result.metrics, **outcome_of(folder)}
@@ -116,7 +114,7 @@ def set_pooling(encoder: Encoder, step: Step) -> None:
 
 
 def settings_of(
-    step: Step, teacher: Path | None, folder: Path, resume: bool, teach: Callable[[str, int], Path]
+    step: Step, teacher: Path | None, folder: Path, resume: bool, teach: Callable[[str, str, int], Path]
 ) -> Stage:
     """The stage of a step; for the teacher "self" the encoder before the last prune step, for others `teach`.
 
@@ -124,14 +122,12 @@ def settings_of(
     """
     stage: Any = step.settings
     if isinstance(stage, Distill) and stage.teachers:
-        places = [
-            str(teacher)
-            if name == SELF
-            else str(teach(name, stage.seed))
-            if name.startswith(RECIPE)
-            else name
-            for name in stage.teachers
-        ]
+        places = list(stage.teachers)
+        for number, name in enumerate(places):
+            if name == SELF:
+                places[number] = str(teacher)
+            elif name.startswith(RECIPE):
+                places[number] = str(teach(str(number), name, stage.seed))
         stage = replace(stage, teacher=places[0] if isinstance(stage.teacher, str) else places)
     if not isinstance(stage, Distill) or stage.vectors is not None:
         return stage
@@ -143,24 +139,30 @@ def settings_of(
     return replace(stage, vectors=str(file))
 
 
-def made_teacher(
-    name: str, seed: int, *, folder: Path, model: Any, data_dir: Any, resume: bool, progress: bool
-) -> Path:
-    """Follow the recipe of a teacher "recipe:NAME", unless it is done; of `model` where one is given."""
-    recipe = load_recipe(name.removeprefix(RECIPE)).with_seed(seed)
-    place = folder / recipe.name
-    note = Path(f"{place}.json")  # which the vectors' own note quotes
-    steps = [describe_step(step) for step in recipe.steps]
-    told = {"model": str(model or recipe.model), "options": recipe.options, "steps": steps}
-    if resume and note.exists() and json.loads(note.read_text()) == json.loads(json.dumps(told)):
-        return place
+def made_teacher(folder: Path, place: str, name: str, seed: int, **given: Any) -> Path:
+    """Follow the recipe of a teacher "recipe:NAME" in `folder / place`, unless that is done.
+
+    `given` are arguments of `run_recipe`: a teacher is made of the same model, where one is given.
+    """
+    recipe, output = load_recipe(name.removeprefix(RECIPE)).with_seed(seed), folder / place
+    note = Path(f"{output}.json")  # which the note of its vectors quotes
+    steps = [{**describe_step(step), "pooling": step.pooling, "read": _prints(step)} for step in recipe.steps]
+    model, root = str(given["model"] or recipe.model), str(given["data_dir"])
+    told = {"recipe": name, "model": model, "options": recipe.options, "steps": steps, "data_dir": root}
+    told = json.loads(json.dumps(told, default=str))
+    done = given["resume"] and note.exists() and json.loads(note.read_text()) == told
+    if done and (output / RESULT).exists():
+        return output
     logger.info("making the teacher %s", name)
-    run_recipe(recipe, place, model=model, data_dir=data_dir, resume=resume, progress=progress)
+    with together():
+        if PartialState().is_main_process:
+            note.unlink(missing_ok=True)
+    run_recipe(recipe, output, **given)
     with together():
         if PartialState().is_main_process:
             with staged_file(note) as out:
                 out.write(json.dumps(told).encode())
-    return place
+    return output
 
 
 def choose(step: Step, encoder: Encoder, folder: Path, data_dir: Any, resume: bool, progress: bool) -> Choice:
@@ -213,17 +215,21 @@ def whitening(
 def _made_for(step: Step, encoder: Encoder, reads: bool) -> dict[str, Any]:
     """What a depth or a map depends on, as JSON gives it back; a file of data by its size and its time."""
     settings: Any = step.settings
+    told = {
+        "settings": asdict(settings),
+        "data": _prints(step) if reads else None,
+        "encoder": describe_encoder(encoder),
+    }
+    return json.loads(json.dumps(told, default=str))
+
+
+def _prints(step: Step) -> list[Any]:
+    """What tells a step's data from others."""
     sources = step.data.values() if isinstance(step.data, Mapping) else [step.data]
     files = [Path(x).stat() for x in sources if isinstance(x, str | Path) and Path(x).is_file()]
     # of a Dataset the print, as its repr tells columns alone
     prints = [getattr(x, "_fingerprint", None) for x in sources]
-    data = [repr(step.data), repr(step.lender), prints, [[x.st_size, x.st_mtime_ns] for x in files]]
-    told = {
-        "settings": asdict(settings),
-        "data": data if reads else None,
-        "encoder": describe_encoder(encoder),
-    }
-    return json.loads(json.dumps(told, default=str))
+    return [repr(step.data), repr(step.lender), prints, [[x.st_size, x.st_mtime_ns] for x in files]]
 
 
 def texts_of_pairs(pairs: Dataset | DatasetDict, count: int) -> list[str]:

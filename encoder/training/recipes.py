@@ -190,10 +190,7 @@ def load_recipe(path: str | Path, variant: str | None = None) -> Recipe:
         FileNotFoundError: no such file.
         RecipeError: malformed TOML, an unknown key (the nearest valid one is named) or an impossible value.
     """
-    if variant is None:
-        joined = {f"{name}-{one}": (name, one) for name, names in list_recipes().items() for one in names}
-        path, variant = joined.get(str(path), (path, None))
-    path = find_recipe(path)
+    path, variant = _find_variant(path, variant)
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -219,9 +216,27 @@ def load_recipe(path: str | Path, variant: str | None = None) -> Recipe:
         for teacher in getattr(steps[-1].settings, "teachers", ()):
             if teacher == SELF and all(step.kind != "prune" for step in steps):
                 raise RecipeError(f"{path}: stage {number}: teacher {SELF!r} needs a prune stage before it")
-            if teacher.startswith(RECIPE) and find_recipe(teacher.removeprefix(RECIPE)).samefile(path):
-                raise RecipeError(f"{path}: stage {number}: teacher {teacher!r} is this recipe itself")
+            if teacher.startswith(RECIPE):
+                _check_teacher(teacher, path, f"{path}: stage {number}")
     return Recipe(content.get("name", path.stem), variant, model.pop("name"), model, steps)
+
+
+def _find_variant(path: str | Path, variant: str | None) -> tuple[Path, str | None]:
+    """The file and the variant of a recipe, where "code-mini" is code's variant mini."""
+    if variant is None:
+        joined = {f"{name}-{one}": (name, one) for name, names in list_recipes().items() for one in names}
+        path, variant = joined.get(str(path), (path, None))
+    return find_recipe(path), variant
+
+
+def _check_teacher(teacher: str, path: Path, where: str) -> None:
+    """Refuse a recipe as teacher that cannot be read, or that has such teachers: they could go in rings."""
+    name = teacher.removeprefix(RECIPE)
+    if _find_variant(name, None)[0].samefile(path):
+        raise RecipeError(f"{where}: teacher {teacher!r} is this recipe itself")
+    for step in load_recipe(name).steps:
+        if any(other.startswith(RECIPE) for other in getattr(step.settings, "teachers", ())):
+            raise RecipeError(f"{where}: teacher {teacher!r} is taught by a recipe in turn")
 
 
 def _step(table: Mapping[str, Any], where: str) -> Step:

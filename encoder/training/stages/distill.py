@@ -63,6 +63,11 @@ class Distill(PairStage):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.teacher is not None and not isinstance(self.teacher, str):
+            several = isinstance(self.teacher, list | tuple) and self.teacher
+            named = bool(several) and all(isinstance(name, str) for name in self.teacher)
+            self._require("teacher", named, "a model's name or folder, or a list of them")
+            self.teacher = list(self.teacher)
         known = bool(self.teacher) or self.vectors is not None
         self._require("teacher", known, "a model's name or folder, or vectors=FILE.npy must be given")
         length = self.teacher_max_length
