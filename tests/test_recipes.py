@@ -356,6 +356,8 @@ def test_recipes_teach_side_by_side(checkpoint, tmp_path, monkeypatch):
     assert flat.pooling == "sif" and flat.num_layers == 1
     unit = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in (deep.encode(TEXTS), flat.encode(TEXTS))]
     np.testing.assert_allclose(np.load(folder / "vectors.npy"), np.concatenate(unit, 1), atol=1e-6)
+    planned = plan_recipe(recipe, model=checkpoint, dtype="float32", device="cpu")["stages"]
+    assert [row["kind"] for row in planned] == ["deep: whiten", "flat: whiten", "distill"]
     record = folder / "teachers" / "0" / "recipe.json"
     assert json.loads(record.read_text())["stages"][0]["settings"]["seed"] == 5
 

@@ -21,7 +21,7 @@ from uncausal.encoder.data.pairs import read_pairs, text_columns
 from uncausal.encoder.model import Encoder
 from uncausal.encoder.pruning import Pruning
 from uncausal.encoder.training.follow import choose, set_pooling
-from uncausal.encoder.training.recipes import Recipe, Step
+from uncausal.encoder.training.recipes import RECIPE, Recipe, Step, load_recipe
 from uncausal.encoder.training.run import restore_modules, train
 from uncausal.encoder.training.stages.base import Stage
 from uncausal.encoder.training.stages.contrastive import Contrastive
@@ -54,7 +54,8 @@ def plan_recipe(
     curve, or takes the choice that `output` holds.
 
     Returns:
-        The device, and a dict a stage with kind, layers, steps, tokens, tokens_per_second, memory_gib, hours.
+        The device, and a dict a stage with kind, layers, steps, tokens, tokens_per_second, memory_gib, hours;
+        the stages of a recipe that teaches stand before the one that it teaches.
     """
     steps = recipe.with_data(data, data_dir)
     encoder = Encoder.from_pretrained(str(model or recipe.model), **recipe.loading(options))
@@ -70,6 +71,11 @@ def plan_recipe(
             if isinstance(step.settings, Whitening):
                 rows.append({"kind": step.kind, "layers": encoder.num_layers})
                 continue
+            for name in getattr(step.settings, "teachers", ()):
+                if name.startswith(RECIPE):  # which is made first
+                    taught = load_recipe(name.removeprefix(RECIPE))
+                    made = plan_recipe(taught, model=model, data_dir=data_dir, **options)["stages"]
+                    rows += [{**row, "kind": f"{taught.name}: {row['kind']}"} for row in made]
             logger.info("measuring stage %d, %s", number, step.kind)
             figures = measure(encoder, step, Path(folder) / str(number), data_dir)
             rows.append({"kind": step.kind, "layers": encoder.num_layers, **figures})
@@ -190,9 +196,9 @@ def plan_table(plan: Mapping[str, Any]) -> str:
     """Lay a plan out for a terminal."""
     variant = f" ({plan['variant']})" if plan["variant"] else ""
     lines = [f"{plan['recipe']}{variant} on {plan['device']}", ""]
-    lines += [f"{'stage':14}{'layers':>7}{'steps':>8}{'tokens':>14}{'tokens/s':>10}{'GiB':>7}{'hours':>8}"]
+    lines += [f"{'stage':20}{'layers':>7}{'steps':>8}{'tokens':>14}{'tokens/s':>10}{'GiB':>7}{'hours':>8}"]
     for row in plan["stages"]:
-        line = f"{row['kind']:14}{row['layers']:7}"
+        line = f"{row['kind']:20}{row['layers']:7}"
         if "steps" in row:
             line += f"{row['steps']:8}{row['tokens']:14,}{row['tokens_per_second']:10,.0f}"
             line += f"{row['memory_gib']:7.1f}{row['hours']:8.2f}"
