@@ -244,8 +244,8 @@ def test_run_recipe_end_to_end(checkpoint, tmp_path):
 def cut(recipe, checkpoint=None):
     """Every stage of a recipe made short and small enough for the tiny model."""
     for step in recipe.steps:
-        pairs = step.data if isinstance(step.data, dict) else {}
-        step.data = dict.fromkeys(pairs, ROWS) or (ROWS if step.takes_pairs else TEXTS)
+        sets = step.data if isinstance(step.data, dict) else {}
+        step.data = (dict.fromkeys(sets, ROWS) or ROWS) if step.takes_pairs else TEXTS
         if isinstance(step.settings, Pruning):
             step.settings.triplets = 16
             step.settings.keep = (
