@@ -27,7 +27,7 @@ from uncausal.encoder.data.texts import sentences
 from uncausal.encoder.evaluation.sts import evaluate_sts_by_pooling, read_sts
 from uncausal.encoder.loading import asset
 from uncausal.encoder.model import Encoder
-from uncausal.encoder.pooling import POOLING_MODES
+from uncausal.encoder.pooling import POOLING_MODES, PoolingName
 from uncausal.encoder.pruning import l3prune, layer_losses, plot_layer_losses
 from uncausal.encoder.training.losses import InfoNCELoss
 from uncausal.encoder.training.run import train
@@ -114,19 +114,19 @@ class Demo:
         assert_bidirectional(encoder.backbone)
         self.train(encoder, MNTP_STAGE, self.paragraphs)
 
-        self.say("Whitening: rare tokens weigh more, and a map takes out what Wikipedia's sentences share")
+        self.say("Whitening: a linear map takes out what the vectors of Wikipedia's sentences share")
         texts = [s for p in self.paragraphs for s in sentences(p, min_words=6, max_words=18)]
-        encoder.whiten(texts, sif=1e-4, dim=DIMENSION, max_texts=600 if self.quick else 6000)
-        self.measure(encoder, whitened="sif")
+        encoder.whiten(texts, dim=DIMENSION, max_texts=600 if self.quick else 6000)
+        self.measure(encoder, whitened="mean")
 
         self.say("SimCSE: Wikipedia sentences against themselves under dropout")
         self.train(encoder, SIMCSE_STAGE, texts)
-        self.measure(encoder, unsupervised="sif")
+        self.measure(encoder, unsupervised="mean")
 
         self.say("Contrastive on the STS-B train pairs scored 4 or more (in domain)")
         columns = {"anchor": [p.first for p in self.pairs], "positive": [p.second for p in self.pairs]}
         self.train(encoder, STSB_STAGE, columns, loss=stsb_loss)
-        self.measure(encoder, result="sif")
+        self.measure(encoder, result="mean")
 
         path = self.folder / "encoder"
         encoder.save_pretrained(str(path))
@@ -150,12 +150,11 @@ class Demo:
         stage = replace(stage, max_steps=2) if self.quick else stage
         train(encoder, stage, data, self.folder / "runs" / stage.name, resume=False, **options)
 
-    def measure(self, encoder: Encoder, **names: str) -> None:
+    def measure(self, encoder: Encoder, **names: PoolingName) -> None:
         """Add a row for every name=pooling; all poolings are scored on STS-B test in one pass."""
         pooling, config = encoder[1], encoder.backbone.config
-        modes = [POOLING_MODES.get(name, name) for name in names.values()]
-        if modes != [encoder.pooling]:
-            encoder[1] = Pooling(encoder.transformer.get_embedding_dimension(), modes, include_prompt=False)
+        modes = [POOLING_MODES[name] for name in names.values()]
+        encoder[1] = Pooling(encoder.transformer.get_embedding_dimension(), modes, include_prompt=False)
         scores = evaluate_sts_by_pooling(
             encoder, self.test, len(names), show_progress_bar=sys.stderr.isatty()
         )
