@@ -377,9 +377,13 @@ class Encoder(SentenceTransformer):
         Raises:
             ValueError: fewer texts than the vectors have dimensions.
         """
-        whitening = Whitening(**settings)
-        whitening.weigh(self, texts)
-        append_linear(self, whitening.fit(self, texts))
+        whitening, modules = Whitening(**settings), self._modules.copy()
+        try:
+            whitening.weigh(self, texts)
+            append_linear(self, whitening.fit(self, texts))
+        except BaseException:
+            self._modules = modules
+            raise
 
     def quantize(self) -> None:
         """Turn most of the backbone's weights to int8 for serving on a CPU; the rest becomes float32.

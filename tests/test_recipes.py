@@ -377,6 +377,10 @@ def test_recipes_teach_side_by_side(checkpoint, tmp_path, monkeypatch):
     write(tmp_path / "ring.toml", f'{model}{distill}teacher = "recipe:student.toml"\n')
     with pytest.raises(RecipeError, match="'recipe:student.toml' is taught by a recipe in turn"):
         load_recipe("ring.toml")
+    write(tmp_path / "flat.toml", f'{model}{distill}teacher = "recipe:ring.toml"\n')
+    write(tmp_path / "ring.toml", f'{model}{distill}teacher = "recipe:flat.toml"\n')
+    with pytest.raises(RecipeError, match="'recipe:ring.toml' is taught by a recipe in turn"):
+        load_recipe("flat.toml")
     (tmp_path / "flat.toml").write_text(f'{model}{distill}teacher = "recipe:flat.toml"\n')
     with pytest.raises(RecipeError, match="stage 1: teacher 'recipe:flat.toml' is this recipe itself"):
         load_recipe("flat.toml")

@@ -278,6 +278,11 @@ def test_tokens_are_weighed_before_the_map_is_fitted(checkpoint, tmp_path):
     assert np.array_equal(whitened.encode(TEXTS), first.encode(TEXTS))
     with pytest.raises(ValueError, match="Whitening.sif is 0"):
         Whitening(sif=0)
+    plain = load(checkpoint, pooling="latent")
+    before = plain.encode(TEXTS[:9])
+    with pytest.raises(ValueError, match="at least as many texts; there are 9"):
+        plain.whiten(TEXTS[:9], sif=0.01)
+    assert plain.pooling == "latent" and np.array_equal(plain.encode(TEXTS[:9]), before)
 
 
 def test_what_cannot_be_is_told(checkpoint, tmp_path):

@@ -20,7 +20,7 @@ from datasets import Dataset, DatasetDict
 from uncausal.encoder.data.pairs import read_pairs, text_columns
 from uncausal.encoder.model import Encoder
 from uncausal.encoder.pruning import Pruning
-from uncausal.encoder.training.follow import choose, set_pooling
+from uncausal.encoder.training.follow import OF_LOADING, choose, set_pooling
 from uncausal.encoder.training.recipes import RECIPE, Recipe, Step, load_recipe
 from uncausal.encoder.training.run import restore_modules, train
 from uncausal.encoder.training.stages.base import Stage
@@ -74,7 +74,8 @@ def plan_recipe(
             for name in getattr(step.settings, "teachers", ()):
                 if name.startswith(RECIPE):  # which is made first
                     taught = load_recipe(name.removeprefix(RECIPE))
-                    made = plan_recipe(taught, model=model, data_dir=data_dir, **options)["stages"]
+                    loading = {key: options[key] for key in OF_LOADING if key in options}
+                    made = plan_recipe(taught, model=model, data_dir=data_dir, **loading)["stages"]
                     rows += [{**row, "kind": f"{taught.name}: {row['kind']}"} for row in made]
             logger.info("measuring stage %d, %s", number, step.kind)
             figures = measure(encoder, step, Path(folder) / str(number), data_dir)

@@ -191,6 +191,25 @@ def load_recipe(path: str | Path, variant: str | None = None) -> Recipe:
         RecipeError: malformed TOML, an unknown key (the nearest valid one is named) or an impossible value.
     """
     path, variant = _find_variant(path, variant)
+    recipe = _parse(path, variant)
+    for number, name in _recipes_that_teach(recipe):
+        where, (taught, of) = f"{path}: stage {number}: teacher {RECIPE + name!r}", _find_variant(name, None)
+        if taught.samefile(path):
+            raise RecipeError(f"{where} is this recipe itself")
+        if any(_recipes_that_teach(_parse(taught, of))):  # they could go in rings
+            raise RecipeError(f"{where} is taught by a recipe in turn")
+    return recipe
+
+
+def _recipes_that_teach(recipe: Recipe) -> Iterator[tuple[int, str]]:
+    """The stage's number and the name of every teacher "recipe:NAME"."""
+    for number, step in enumerate(recipe.steps, 1):
+        for teacher in getattr(step.settings, "teachers", ()):
+            if teacher.startswith(RECIPE):
+                yield number, teacher.removeprefix(RECIPE)
+
+
+def _parse(path: Path, variant: str | None) -> Recipe:
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -216,8 +235,6 @@ def load_recipe(path: str | Path, variant: str | None = None) -> Recipe:
         for teacher in getattr(steps[-1].settings, "teachers", ()):
             if teacher == SELF and all(step.kind != "prune" for step in steps):
                 raise RecipeError(f"{path}: stage {number}: teacher {SELF!r} needs a prune stage before it")
-            if teacher.startswith(RECIPE):
-                _check_teacher(teacher, path, f"{path}: stage {number}")
     return Recipe(content.get("name", path.stem), variant, model.pop("name"), model, steps)
 
 
@@ -227,16 +244,6 @@ def _find_variant(path: str | Path, variant: str | None) -> tuple[Path, str | No
         joined = {f"{name}-{one}": (name, one) for name, names in list_recipes().items() for one in names}
         path, variant = joined.get(str(path), (path, None))
     return find_recipe(path), variant
-
-
-def _check_teacher(teacher: str, path: Path, where: str) -> None:
-    """Refuse a recipe as teacher that cannot be read, or that has such teachers: they could go in rings."""
-    name = teacher.removeprefix(RECIPE)
-    if _find_variant(name, None)[0].samefile(path):
-        raise RecipeError(f"{where}: teacher {teacher!r} is this recipe itself")
-    for step in load_recipe(name).steps:
-        if any(other.startswith(RECIPE) for other in getattr(step.settings, "teachers", ())):
-            raise RecipeError(f"{where}: teacher {teacher!r} is taught by a recipe in turn")
 
 
 def _step(table: Mapping[str, Any], where: str) -> Step:
