@@ -206,5 +206,9 @@ def plan_table(plan: Mapping[str, Any]) -> str:
         lines.append(line)
     hours = sum(row.get("hours", 0) for row in plan["stages"])
     return "\n".join(
-        [*lines, "", f"{hours:.2f} hours in all at the measured rates; reading data and saving not counted"]
+        [
+            *lines,
+            "",
+            f"{hours:.2f} hours in all at the measured rates, less reading, saving and teachers' vectors",
+        ]
     )
