@@ -101,6 +101,27 @@ def staged_file(path: Path, new: bool = False) -> Iterator[BinaryIO]:
         os.close(lock)
 
 
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Hold a folder for the block, against all who would hold it too; the lock ends with the process.
+
+    Raises:
+        ValueError: another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = _lock(folder, fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"another process is at work in {folder}: wait for it, or name another") from None
+    except OSError:  # a file system without locks
+        lock = None
+    try:
+        yield
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
 def _begin(path: Path, folder: bool) -> tuple[Path, int]:
     """Make an empty folder or file beside `path`, locked until the descriptor returned with it is closed."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,6 @@
 """Writing all or nothing: what processes that are killed leave, and what others that are alive have begun."""
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -9,7 +10,7 @@ from contextlib import ExitStack
 import pytest
 
 from uncausal.encoder import files
-from uncausal.encoder.files import FORMER, STAGED, staged, staged_file
+from uncausal.encoder.files import FORMER, STAGED, held, staged, staged_file
 
 KILLED = """
 import os, signal, sys
@@ -63,6 +64,40 @@ def test_what_another_process_is_writing_stays(tmp_path, writer):
     assert names(tmp_path) == ["out"]
     out = tmp_path / "out"
     assert names(out) == ["first"] if writer is staged else out.read_bytes() == b"first"
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from uncausal.encoder.files import held
+with held(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_folder_is_held_by_one_process_until_that_ends(tmp_path):
+    run = tmp_path / "new" / "run"
+    with subprocess.Popen([sys.executable, "-c", HOLDER, run], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout and other.stdout.readline() == "held\n"
+        with pytest.raises(ValueError, match=r"another process is at work in .*run: wait"), held(run):
+            pytest.fail("both are at work")
+        with held(tmp_path / "new"):  # that of another run
+            pass
+        other.kill()
+    with held(run):
+        pass
+    with held(run):
+        pass
+
+
+def test_a_file_system_without_locks_holds_nobody(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError("no locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with held(tmp_path), held(tmp_path):
+        pass
 
 
 @pytest.mark.parametrize("links", [True, False])

@@ -14,12 +14,13 @@ from tiny import FAST, PAIRS, TEXTS, save_checkpoint
 
 from uncausal import MNTP, Contrastive, Encoder, Instruction, SimCSE, run_recipe
 from uncausal.encoder.data.local import SETS
+from uncausal.encoder.files import held
 from uncausal.encoder.loading import load_model, local_path
 from uncausal.encoder.pruning import Pruning
 from uncausal.encoder.training import follow as follow_module
 from uncausal.encoder.training import plan as planning
 from uncausal.encoder.training.plan import plan_recipe, plan_table
-from uncausal.encoder.training.recipes import RecipeError, Step, list_recipes, load_recipe
+from uncausal.encoder.training.recipes import Recipe, RecipeError, Step, list_recipes, load_recipe
 from uncausal.encoder.training.stages import distill as distill_module
 from uncausal.encoder.training.stages.distill import Distill
 
@@ -75,6 +76,18 @@ def checkpoint(tmp_path_factory) -> Path:
 
 def settings(name, variant=None):
     return [step.settings for step in load_recipe(RECIPES / f"{name}.toml", variant).steps]
+
+
+def test_a_whole_number_is_a_number(tmp_path):
+    recipe = load_recipe(write(tmp_path / "r.toml", RECIPE.replace("batch_size = 8", "learning_rate = 1")))
+    assert recipe.steps[2].settings.learning_rate == 1
+
+
+def test_a_recipe_is_followed_by_one_process(checkpoint, tmp_path):
+    recipe = Recipe("r", None, str(checkpoint), {}, [Step("simcse", SimCSE(**FAST), TEXTS)])
+    with held(tmp_path / "stages"), pytest.raises(ValueError, match="another process is at work in"):
+        run_recipe(recipe, tmp_path)
+    assert run_recipe(recipe, tmp_path).encode("text").shape
 
 
 def test_llm2vec_recipe_is_the_papers():
@@ -178,7 +191,11 @@ def test_all_recipes_are_there():
         ('kind = "mntp"', 'kind = "mtnp"', r"stage 2: kind is 'mtnp'; did you mean 'mntp'\?"),
         ("keep = 3", 'keep = "medium"', r"stage 1 \(prune\): Pruning\.keep is 'medium'"),
         ("batch_size = 8", "batch_size = 0", r"stage 3 \(contrastive\): Contrastive\.batch_size is 0"),
-        ("batch_size = 8", 'batch_size = "8"', r"stage 3 \(contrastive\): "),
+        ("batch_size = 8", 'batch_size = "8"', r"3 \(contrastive\): batch_size is '8'; it must be int$"),
+        ("batch_size = 8", "batch_size = 8.0", r"3 \(contrastive\): batch_size is 8.0; it must be int$"),
+        ("bf16 = false", 'bf16 = "no"', r"bf16 is 'no'; it must be Union\[bool, Literal\['auto'\]\]$"),
+        ("batch_size = 8", "lora_targets = ['q_proj', 3]", r"it must be Sequence\[str\]$"),
+        ('name = "some/model"', "name = 'x'\nbidirectional = 'no'", r"\[model\]: bidirectional is 'no'; it"),
         (
             "stage.mntp.mask_share",
             "stage.mnpt.mask_share",

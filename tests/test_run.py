@@ -13,6 +13,7 @@ from tiny import FAST, PAIRS, TEXTS, Signal, load, losses
 
 from uncausal import Encoder
 from uncausal.encoder import adapters
+from uncausal.encoder.files import held
 from uncausal.encoder.training.progress import TrainingInterrupted
 from uncausal.encoder.training.run import train
 from uncausal.encoder.training.stages.contrastive import Contrastive
@@ -174,6 +175,15 @@ def test_training_gives_memory_back_at_every_log(checkpoint, tmp_path):
     stage = SimCSE(max_steps=1, batch_size=8, **FAST)
     train(load(checkpoint), stage, TEXTS, tmp_path, progress=False)
     assert len(kept) == 200 and resident() < before - (200 << 20)
+
+
+def test_two_runs_do_not_share_a_folder(checkpoint, tmp_path):
+    """Regression: both wrote their checkpoints there, and each went on from the other's."""
+    encoder, stage = load(checkpoint), SimCSE(**FAST)
+    with held(tmp_path), pytest.raises(ValueError, match="another process is at work in"):
+        train(encoder, stage, TEXTS, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    assert train(encoder, stage, TEXTS, tmp_path).steps == stage.max_steps
 
 
 def test_train_seed_matters(checkpoint, tmp_path):

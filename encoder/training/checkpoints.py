@@ -142,7 +142,7 @@ def digest(dataset: Any) -> int:
 
 
 def open_run(run: Path, description: dict[str, Any], resume: bool) -> None:
-    """Create the folder, or make sure that what it holds belongs to this run.
+    """Note what the run in a folder is, or make sure that what it holds belongs to this one.
 
     A record counts once a checkpoint or an adapter stands beside it: a run that failed before is replaced.
     """
@@ -155,7 +155,6 @@ def open_run(run: Path, description: dict[str, Any], resume: bool) -> None:
                 for old in [run / FINAL, *checkpoints(run)]:
                     remove(old)
             try:
-                run.mkdir(parents=True, exist_ok=True)
                 if not (run / FINAL).exists() and not checkpoints(run):
                     partial = record.with_suffix(".partial")
                     partial.write_text(json.dumps(description, indent=2))

@@ -22,7 +22,7 @@ from uncausal.encoder.files import staged, staged_file
 from uncausal.encoder.model import Encoder
 from uncausal.encoder.pruning import Choice, Depths, Pruning
 from uncausal.encoder.training.checkpoints import FINAL, RECORD, describe_encoder
-from uncausal.encoder.training.ranks import process_state, together
+from uncausal.encoder.training.ranks import only_run, process_state, together
 from uncausal.encoder.training.recipes import RECIPE, SELF, Recipe, Step, load_recipe
 from uncausal.encoder.training.run import train
 from uncausal.encoder.training.stages.base import Stage
@@ -70,6 +70,7 @@ def run_recipe(
         RecipeError: a stage has no data.
         DataError: a stage's data are wrong; the message names the stage, and where it is one row's fault the
             file and the row.
+        ValueError: another process is at work in `output`.
     """
     steps, stages = recipe.with_data(data, data_dir), Path(output) / "stages"
     name = str(model or recipe.model)
@@ -78,30 +79,33 @@ def run_recipe(
         encoder = Encoder.from_pretrained(name, **recipe.loading(options))
     process_state(encoder.device)
     records, teacher = [], None
-    for number, step in enumerate(steps, 1):
-        folder = stages / f"{number}-{step.kind}"
-        with named(f"stage {number} ({step.kind})"):
-            set_pooling(encoder, step)
-            if isinstance(step.settings, Pruning):
-                teacher = folder / TEACHER
-                if _teaches(steps[number:]):
-                    save_once(encoder, teacher, resume)
-                choice = choose(step, encoder, folder, data_dir, resume, progress)
-                encoder.prune(choice.kept)
-                outcome = choice._asdict()
-            elif isinstance(step.settings, Whitening):
-                append_linear(encoder, whitening(step, encoder, folder, data_dir, resume, progress))
-                outcome = {}
-            else:
-                given = {"model": model, "data_dir": data_dir, "resume": resume, "progress": progress}
-                given |= {name: options[name] for name in OF_LOADING if name in options}
-                teach = partial(made_teacher, folder / TEACHERS, **given)
-                stage = settings_of(step, teacher, folder, resume, teach)
-                result = train(encoder, stage, step.read(data_dir), folder, resume, eval, progress=progress)
-                outcome = {"metrics": result.metrics, **outcome_of(folder)}
-                logger.info("%s: %s", step.kind, outcome)
-        records.append({**describe_step(step), "pooling": encoder.pooling, "outcome": outcome})
-    save(encoder, Path(output), recipe, name, records)
+    with only_run(stages):
+        for number, step in enumerate(steps, 1):
+            folder = stages / f"{number}-{step.kind}"
+            with named(f"stage {number} ({step.kind})"):
+                set_pooling(encoder, step)
+                if isinstance(step.settings, Pruning):
+                    teacher = folder / TEACHER
+                    if _teaches(steps[number:]):
+                        save_once(encoder, teacher, resume)
+                    choice = choose(step, encoder, folder, data_dir, resume, progress)
+                    encoder.prune(choice.kept)
+                    outcome = choice._asdict()
+                elif isinstance(step.settings, Whitening):
+                    append_linear(encoder, whitening(step, encoder, folder, data_dir, resume, progress))
+                    outcome = {}
+                else:
+                    given = {"model": model, "data_dir": data_dir, "resume": resume, "progress": progress}
+                    given |= {name: options[name] for name in OF_LOADING if name in options}
+                    teach = partial(made_teacher, folder / TEACHERS, **given)
+                    stage = settings_of(step, teacher, folder, resume, teach)
+                    result = train(
+                        encoder, stage, step.read(data_dir), folder, resume, eval, progress=progress
+                    )
+                    outcome = {"metrics": result.metrics, **outcome_of(folder)}
+                    logger.info("%s: %s", step.kind, outcome)
+            records.append({**describe_step(step), "pooling": encoder.pooling, "outcome": outcome})
+        save(encoder, Path(output), recipe, name, records)
     return encoder
 
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
+
+from uncausal.encoder.files import held
 
 
 def process_state(device: torch.device) -> PartialState:
@@ -74,3 +76,20 @@ def together() -> Iterator[None]:
         error = failure
     if anywhere(error is not None):
         raise error or RuntimeError("another process of this run failed; its own message says why")
+
+
+@contextmanager
+def only_run(folder: Path) -> Iterator[None]:
+    """For the block, hold a folder against other runs; the main process does it for all of this one.
+
+    Raises:
+        ValueError: another run holds it. OSError: it cannot be written.
+    """
+    with ExitStack() as stack:
+        with together():
+            if PartialState().is_main_process:
+                try:
+                    stack.enter_context(held(folder))
+                except OSError as error:
+                    raise OSError(f"cannot write in {folder}: {error.strerror or error}") from error
+        yield

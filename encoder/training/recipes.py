@@ -13,16 +13,20 @@ name = "mine"
 
 import dataclasses
 import difflib
+import inspect
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
+
+from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
 import uncausal
 from uncausal.encoder.data.local import PREFIX, SETS, check_local, local_rows, split_name
 from uncausal.encoder.data.pairs import LABEL, read_pairs
 from uncausal.encoder.data.texts import read_texts
+from uncausal.encoder.loading import EncoderSpec
 from uncausal.encoder.pooling import POOLING_MODES
 from uncausal.encoder.pruning import Pruning
 from uncausal.encoder.training.stages.base import Stage
@@ -229,6 +233,7 @@ def _parse(path: Path, variant: str | None) -> Recipe:
     if "name" not in model:
         raise RecipeError(f"{path}: [model] has no name")
     _check_keys(model, ("name", *MODEL_KEYS), f"{path}: [model]")
+    _check_types(model, {"name": str, **get_type_hints(EncoderSpec)}, f"{path}: [model]")
     steps = []
     for number, table in enumerate(tables, 1):
         steps.append(_step(table, f"{path}: stage {number}"))
@@ -259,8 +264,10 @@ def _step(table: Mapping[str, Any], where: str) -> Step:
         raise RecipeError(f"{where}: data is {data!r}; it must be a source, or a table of sources")
     names = [field.name for field in dataclasses.fields(KINDS[kind])]
     _check_keys(table, (*names, *STEP_KEYS), where)
+    given = {key: value for key, value in table.items() if key not in STEP_KEYS}
+    _check_types(given, get_type_hints(KINDS[kind]), where)
     try:
-        settings = KINDS[kind](**{key: value for key, value in table.items() if key not in STEP_KEYS})
+        settings = KINDS[kind](**given)
     except (TypeError, ValueError) as error:
         raise RecipeError(f"{where}: {error}") from None
     return Step(kind, settings, data, pooling)
@@ -312,6 +319,15 @@ def _check_keys(table: Mapping[str, Any], valid: Sequence[str], where: str) -> N
     for key in table:
         if key not in valid:
             raise RecipeError(f"{where}: unknown key {key!r}{_nearest(key, valid)}")
+
+
+def _check_types(table: Mapping[str, Any], types: Mapping[str, Any], where: str) -> None:
+    for key, value in table.items():
+        try:
+            check_type(value, types[key], collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
+        except TypeCheckError:
+            wanted = inspect.formatannotation(types[key]).replace("collections.abc.", "")
+            raise RecipeError(f"{where}: {key} is {value!r}; it must be {wanted}") from None
 
 
 def _nearest(word: str, valid: Iterable[str]) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from peft import PeftModel
 from sentence_transformers import SentenceTransformer
 from torch import nn
@@ -34,7 +35,7 @@ from uncausal.encoder.training.checkpoints import (
 )
 from uncausal.encoder.training.lora import attach_lora, check_layers, load_trainable
 from uncausal.encoder.training.progress import Progress, StopOnSignal, TrainingInterrupted
-from uncausal.encoder.training.ranks import anywhere, process_state, together, total
+from uncausal.encoder.training.ranks import anywhere, only_run, process_state, together, total
 from uncausal.encoder.training.stages.base import LossFactory, Stage
 from uncausal.encoder.training.trainer import Evaluate, StageTrainer
 from uncausal.encoder.whitening import LinearMap
@@ -98,13 +99,15 @@ def train(
         Steps, tokens, time, log and metrics.
 
     Raises:
-        ValueError: `output_dir` holds a run with other settings or of another model, or data are too few.
+        ValueError: `output_dir` holds a run with other settings or of another model, or another process is
+            at work in it; or data are too few.
         DataError: a row of the data is wrong; the message names file, row and field.
         OSError: `output_dir` cannot be written; the last whole checkpoint stays.
         TrainingInterrupted: Ctrl-C; a checkpoint was written and the same call goes on from it.
         FloatingPointError: the loss became infinite or NaN.
     """
-    with _modules_as_before(encoder):
+    process_state(encoder.device)
+    with only_run(Path(output_dir)), _modules_as_before(encoder):
         result = _train(encoder, stage, data, Path(output_dir), resume, eval, loss, callbacks, progress)
     encoder.eval()
     if eval is not None:
@@ -123,7 +126,7 @@ def _train(
     callbacks: Sequence[TrainerCallback],
     progress: bool,
 ) -> TrainResult:
-    state = process_state(encoder.device)
+    state = PartialState()
     set_seed(stage.seed)
     own, weights = None if loss is None else loss(encoder), weights_digest(encoder)
     dataset = stage.prepare(encoder, data, own)
