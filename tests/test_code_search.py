@@ -48,6 +48,9 @@ def test_search_metrics():
     assert metrics["recall@10"] == pytest.approx(100 * 11 / 12)
     assert metrics["low"] < metrics["mrr@10"] < metrics["high"] and metrics["queries"] == 12
     assert search_metrics(np.ones((50, 50)))["mrr@10"] == 0
+    scores[3] = np.nan  # regression: found before the first place, a reciprocal rank of infinity
+    with pytest.raises(ValueError, match="a vector is not finite"):
+        search_metrics(scores)
 
 
 def test_bm25_scores_are_the_formula():

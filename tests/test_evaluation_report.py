@@ -3,8 +3,9 @@
 import json
 
 import pytest
+import torch
 from sentence_transformers import SentenceTransformer
-from transformers import BertConfig, LlamaConfig, Qwen3Config, RobertaConfig
+from transformers import BertConfig, BertModel, BertTokenizer, LlamaConfig, Qwen3Config, RobertaConfig
 
 from uncausal.encoder.evaluation import compare as compare_module
 from uncausal.encoder.evaluation.compare import (
@@ -87,7 +88,7 @@ def test_one_path_is_one_model(monkeypatch):
         compare({}, lambda model: measured, {})
 
 
-def test_load_model_leaves_other_models_to_the_library(tmp_path):
+def test_load_model_leaves_other_models_to_the_library(tmp_path, caplog):
     from sentence_transformers.sentence_transformer.modules import StaticEmbedding
     from tokenizers import Tokenizer, models
 
@@ -96,3 +97,20 @@ def test_load_model_leaves_other_models_to_the_library(tmp_path):
     model = load_model(tmp_path, device="cpu")
     assert type(model) is SentenceTransformer
     assert model.encode("a").shape == (4,)
+    load_model(tmp_path, device="cpu", attention="auto", dtype="auto")
+    assert not caplog.records
+    load_model(tmp_path, device="cpu", num_layers=2, bidirectional=False)
+    assert "is no decoder, and is loaded without num_layers, bidirectional" in caplog.text
+
+
+def test_other_models_take_dtype_and_length(tmp_path):
+    """Regression: a peer was scored in another dtype and at another length than was asked."""
+    words = ["[UNK]", "[CLS]", "[SEP]", "[PAD]", "a"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    config = BertConfig(
+        vocab_size=5, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8
+    )
+    BertModel(config).save_pretrained(tmp_path / "bert")
+    BertTokenizer(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path / "bert")
+    model = load_model(tmp_path / "bert", device="cpu", dtype="bfloat16", max_seq_length=7)
+    assert model.max_seq_length == 7 and {p.dtype for p in model.parameters()} == {torch.bfloat16}

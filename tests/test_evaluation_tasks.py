@@ -210,6 +210,15 @@ def test_prompts_go_before_their_side(instruct, prompts, expected):
     assert dict(model.calls) == expected
 
 
+@pytest.mark.parametrize("instruct, asked", [(None, "query: "), (INSTRUCT, "Instruct: find it\nQuery: ")])
+def test_a_default_prompt_is_not_for_documents(instruct, asked):
+    """Regression: `None` asks for the default, and documents got that of queries."""
+    model = Planted(ANGLES, {"query": "query: ", "document": ""})
+    model.default_prompt_name = "query"
+    encode_once(model, [asymmetric()], instruct)
+    assert dict(model.calls) == {asked: ["zero"], "": ["ten", "zero"]}
+
+
 def test_intervals_hold_the_score_and_pair_the_models(random_model):
     """A model against a copy of itself differs by nothing, in every draw."""
     generator = np.random.default_rng(1)

@@ -84,7 +84,7 @@ def evaluate(
     if kind == "STS file":
         if len(model) != 2:
             raise ValueError("uncausal eval takes MODEL STS_FILE, or MODEL ... with --suite mini")
-        evaluate_sts_file(model[0], Path(model[1]), split or "dev", loading, as_json)
+        evaluate_sts_file(model[0], Path(model[1]), split, loading, as_json)
         return
     if not model:
         raise ValueError("name a model, and others to compare it with")
@@ -94,6 +94,10 @@ def evaluate(
     for path in (plot, out):
         if path is not None:
             check_writable(path)
+    if plot is not None:
+        from uncausal.encoder.evaluation.report import check_format
+
+        check_format(plot)
     if kind == "mteb":
         evaluate_by_mteb(model, mteb, split, data_dir, instruct, loading, as_json)
         return
@@ -132,12 +136,12 @@ def refuse_unused(kind: str, options: dict[str, tuple[Any, list[str]]]) -> None:
             raise ValueError(f"--{name} goes with {' or '.join('--' + one for one in kinds)}")
 
 
-def evaluate_sts_file(model: str, data: Path, split: Split, loading: Loading, as_json: bool) -> None:
+def evaluate_sts_file(model: str, data: Path, split: Split | None, loading: Loading, as_json: bool) -> None:
     """Print the Spearman correlation on an STS set, and tokens a second."""
     from uncausal.encoder.evaluation.sts import evaluate_sts, read_sts
 
     try:
-        pairs = read_sts(data, split)
+        pairs = read_sts(data, split or ("dev" if data.is_dir() else None))
     except UnicodeDecodeError as error:
         raise ValueError(f"{data}: not UTF-8 (byte 0x{error.object[error.start]:02x})") from None
     if len(pairs) < 2:
@@ -228,8 +232,8 @@ def show(result: Evaluation, plot: Path | None, out: Path | None, as_json: bool)
     """Print an evaluation and write the files that were asked for."""
     from uncausal.encoder.evaluation import report as reporting
 
+    print(json.dumps(result.to_json()) if as_json else reporting.format_table(result))
     if out is not None:
         reporting.write_json(result, out)
     if plot is not None:
         reporting.plot(result, plot)
-    print(json.dumps(result.to_json()) if as_json else reporting.format_table(result))

@@ -101,7 +101,7 @@ def evaluate_sizes(
         milliseconds of one query among 20,000 of them, as `Index.search` compares them: in float32.
 
     Raises:
-        ValueError: a vector has fewer dimensions than asked.
+        ValueError: a vector has fewer dimensions than asked, or is not finite.
     """
     width, rows = encoder.get_embedding_dimension() or 0, []
     for size in dimensions:
@@ -134,7 +134,12 @@ def search_metrics(scores: np.ndarray) -> dict[str, float]:
     Returns:
         In points: mrr@10 (mean reciprocal rank, 0 below rank 10), the 95 % interval of it over resampled
         queries (low, high), and recall@10. A tie counts as lost.
+
+    Raises:
+        ValueError: a score is not finite.
     """
+    if not np.isfinite(scores).all():
+        raise ValueError("a vector is not finite: load the model in another dtype")
     ranks = (scores >= np.diag(scores)[:, None]).sum(1)
     gains = 100 * np.where(ranks <= 10, 1 / ranks, 0)
     resampled = np.random.default_rng(0).choice(gains, (1000, len(gains))).mean(1)

@@ -213,11 +213,12 @@ def encode_once(
 
 def _prompts(model: SentenceTransformer, task: Task, instruct: str | None) -> dict[str, str | None]:
     """The prompt of each side: the instruction before queries, or the model's own if the sides differ."""
+    none = None if model.default_prompt_name is None else ""  # `None` asks for the default
     if instruct is not None:
-        return {QUERY: instruct.format(instruction=task.instruction), DOCUMENT: None}
+        return {QUERY: instruct.format(instruction=task.instruction), DOCUMENT: none}
     if DOCUMENT not in task.texts():
         return {QUERY: None}
-    return {side: model.prompts.get(side) or None for side in (QUERY, DOCUMENT)}
+    return {side: model.prompts.get(side) or none for side in (QUERY, DOCUMENT)}
 
 
 def bootstrap(name: str, measurement: Measurement, resamples: int = 1000) -> np.ndarray:

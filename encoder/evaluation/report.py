@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from matplotlib.backend_bases import FigureCanvasBase
+from matplotlib.figure import Figure
+
 from uncausal.encoder.evaluation.compare import Evaluation, Score
 from uncausal.encoder.files import staged_file
 
@@ -34,8 +37,6 @@ def write_json(evaluation: Evaluation, path: Path) -> None:
 
 def plot(evaluation: Evaluation, path: Path) -> None:
     """Draw every family's score and interval, a colour a model; the suffix of `path` is the format."""
-    from matplotlib.figure import Figure
-
     families = list(evaluation.models[0].families)
     figure = Figure(figsize=(7, 0.6 + 0.45 * len(families)), layout="constrained")
     axes = figure.subplots()
@@ -58,6 +59,13 @@ def plot(evaluation: Evaluation, path: Path) -> None:
     axes.legend(fontsize="small")
     with staged_file(path) as file:
         figure.savefig(file, format=path.suffix.removeprefix(".") or "png", dpi=150)
+
+
+def check_format(path: Path) -> None:
+    """Raise ValueError for a plot whose suffix is no format of matplotlib's."""
+    known = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix and path.suffix.removeprefix(".").lower() not in known:
+        raise ValueError(f"{path}: a plot's suffix is its format, one of {', '.join(sorted(known))}")
 
 
 def _cell(score: Score) -> str:
