@@ -48,8 +48,14 @@ class Pruning:
     min_score: float | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.keep, str) and self.keep not in ("small", "large"):
+        if self.keep not in ("small", "large") and (isinstance(self.keep, str) or self.keep < 1):
             raise ValueError(f"Pruning.keep is {self.keep!r}; it must be small, large or a number of layers")
+        if self.drop is not None and not 0 <= self.drop < 1:
+            raise ValueError(f"Pruning.drop is {self.drop!r}; it must be in [0, 1)")
+        if self.triplets < 1:
+            raise ValueError(f"Pruning.triplets is {self.triplets!r}; it must be at least 1")
+        if not self.temperature > 0:
+            raise ValueError(f"Pruning.temperature is {self.temperature!r}; it must be above 0")
 
     @property
     def needs_data(self) -> bool:
@@ -173,6 +179,10 @@ def l3prune(losses: Sequence[float]) -> Depths:
     """Return the small and the large depth: the layer of least loss in either half of the model."""
     if len(losses) < 2:
         raise ValueError(f"L3Prune needs the losses of at least two layers, got {len(losses)}")
+    if odd := [number for number, loss in enumerate(losses, 1) if not math.isfinite(loss)]:
+        raise ValueError(
+            f"the loss after layer {odd[0]} is {losses[odd[0] - 1]}: load the model in another dtype"
+        )
     middle = len(losses) // 2
     small = min(range(middle), key=losses.__getitem__) + 1
     large = min(range(middle, len(losses)), key=losses.__getitem__) + 1

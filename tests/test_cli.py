@@ -223,6 +223,7 @@ def test_prune_by_fraction(byte_llama, tmp_path, capsys):
         (["--keep", "half"], "not 'half'"),
         (["--keep", "9"], "the model has 2"),
         (["--drop", "1.5"], "must be in"),
+        (["--drop", "0.5", "--keep", "1"], "give --keep or --drop"),
     ],
 )
 def test_prune_refuses(cli_folder, tmp_path, capsys, extra, message):

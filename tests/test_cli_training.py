@@ -125,6 +125,7 @@ def test_run_takes_a_recipe_of_the_package_by_name(byte_llama, cli_folder, tmp_p
     from uncausal.encoder.training import recipes
 
     listed = dict(line.split(": ") for line in run(capsys, "run", "--list").splitlines())
+    assert json.loads(run(capsys, "run", "--list", "--json")).keys() == listed.keys()
     assert "mistral" in listed["llm2vec"].split(", ") and "qwen2" in listed["l3prune"].split(", ")
     short = {"max_steps": 1, "batch_size": 2, "chunk_tokens": 16}
     load = recipes.load_recipe

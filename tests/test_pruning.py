@@ -1,5 +1,7 @@
 """L3Prune: losses of all layers in one pass, the two depths, slicing, the plot."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -17,6 +19,7 @@ from transformers import (
 from uncausal.encoder.layers import decoder_layers, final_norm
 from uncausal.encoder.model import Encoder
 from uncausal.encoder.pruning import (
+    Pruning,
     depth_from_fraction,
     l3prune,
     layer_losses,
@@ -75,9 +78,20 @@ def test_l3prune_takes_the_least_loss_of_either_half(losses, depths):
     assert l3prune(losses) == depths
 
 
-def test_l3prune_needs_two_layers():
+def test_l3prune_needs_two_layers_and_their_losses():
     with pytest.raises(ValueError, match="at least two"):
         l3prune([1.0])
+    with pytest.raises(ValueError, match="the loss after layer 3 is nan"):  # which nothing is below
+        l3prune([2.0, 1.0, math.nan, 0.5])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"keep": 0}, {"keep": -1}, {"keep": "half"}, {"drop": 1.0}, {"temperature": 0.0}, {"triplets": 0}],
+)
+def test_impossible_pruning_is_refused_before_anything_is_trained(settings):
+    with pytest.raises(ValueError, match=f"Pruning.{next(iter(settings))} is"):
+        Pruning(**settings)
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,8 @@ def prune(
     """
     from uncausal.encoder.pruning import Pruning, plot_layer_losses
 
+    if keep is not None and drop is not None:
+        raise ValueError("give --keep or --drop: both say how many layers stay")
     given = {"keep": int(keep) if keep and keep.isdigit() else keep, "drop": drop, "triplets": limit}
     given["min_score"] = min_score
     if keep not in (None, "small", "large") and not keep.isdigit():

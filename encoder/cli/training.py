@@ -105,6 +105,9 @@ def run(
         seed: of every step, instead of the recipe's own; three of them tell luck from gain.
     """
     if list:
+        if as_json:
+            print(json.dumps(list_recipes()))
+            return
         for name, variants in list_recipes().items():
             print(f"{name}: {', '.join(variants)}")
         return
@@ -138,5 +141,5 @@ def scorer(sts: Path | None, data_dir: Path | None) -> Callable[[Any], dict[str,
         sts = Path(root, "stsbenchmark") if root else None
         if sts is None or not sts.is_dir():
             return None
-    pairs = read_sts(sts, "dev")
+    pairs = read_sts(sts, "dev" if sts.is_dir() else None)
     return lambda encoder: {"sts_dev_spearman": round(evaluate_sts(encoder, pairs).spearman, 2)}
