@@ -200,6 +200,21 @@ def test_read_pairs_filters_by_score(tmp_path):
         read_pairs([{"sentence1": "a", "sentence2": "b", "label": 0}])
 
 
+def test_read_pairs_takes_what_it_returned():
+    """Regression: the score was missed, and two classes taken for right and wrong positives."""
+    scored = read_pairs([{**ROW, "score": 5.0}, {**ROW, "score": 1.0}], min_score=4)
+    for options in ({}, {"min_score": 4}):
+        assert read_pairs(scored, **options) is scored
+    with pytest.raises(DataError, match="no field 'score'"):
+        read_pairs(scored, min_score=5)
+    classes = [{"text": f"{label} {n}", "label": label} for n in range(3) for label in "ab"]
+    found = read_pairs({"two": classes, "three": [*classes, *({**row, "label": "c"} for row in classes[:2])]})
+    again = read_pairs(found)
+    assert again.keys() == found.keys() and all(again[name] is found[name] for name in found)
+    with pytest.raises(DataError, match="the field 'label' is 0 or 1"):  # one's own are read as ever
+        read_pairs([{**ROW, "label": n} for n in (0, 1)])
+
+
 def test_read_pairs_sets_tasks_and_ids(caplog):
     """A dict of sources, or a field `task`, makes sets; equal ids, equal numbers; what is unused is said."""
     data = {

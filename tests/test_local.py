@@ -75,6 +75,17 @@ def test_nli_leaves_out_sts_test_sentences_and_broken_rows(root):
     assert all(row["positive"].endswith("entailed") and row["negative"].endswith("ted") for row in rows)
 
 
+def test_nli_knows_an_sts_test_sentence_by_its_words(root):
+    """Regression: without its full stop it passed."""
+    row = "a man sings\tSomebody makes music.\tNobody does.\nkept\tkept too\tnot kept\n"
+    write(root / "nli_triples" / "snli_dev_triples.tsv.gz", row)
+    assert {row["anchor"] for row in local_rows("local:nli", root)} == {
+        "kept",
+        "mnli premise",
+        "qnli premise",
+    }
+
+
 def test_wiki_pairs_use_no_sentence_twice(root):
     rows = local_rows("wiki_pairs", root)
     used = [text for row in rows for text in row.values()]

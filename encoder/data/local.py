@@ -84,10 +84,10 @@ def split_name(name: str) -> tuple[str, int | None]:
 
 def nli(root: Path, draw: random.Random) -> Iterator[dict[str, Any]]:
     """Premise, entailed and contradicted hypothesis of SNLI, MultiNLI and QNLI (supervised SimCSE)."""
-    held_out = _sts_sentences(root, "test")
+    held_out = set(map(words_of, _sts_sentences(root, "test")))
     for file in ("snli_dev", "mnli_dev", "qnli_dev"):
         for anchor, positive, negative in _tsv(root / "nli_triples" / f"{file}_triples.tsv.gz"):
-            if held_out.isdisjoint((anchor, positive, negative)):
+            if held_out.isdisjoint(map(words_of, (anchor, positive, negative))):
                 yield {"anchor": anchor, "positive": positive, "negative": negative}
 
 

@@ -33,6 +33,7 @@ PAIR_NAMES = (
 NEGATIVE = re.compile(r"negative(?:_(\d+))?")
 TEXT, LABEL, INSTRUCTION = "text", "label", "instruction"
 NEGATIVE_LABELS = "negative_labels"
+READ_WITH = "read_with"  # attribute of a Dataset that `read_pairs` returned: its options
 
 
 @dataclass(kw_only=True)
@@ -54,6 +55,14 @@ class PairOptions:
     min_score: float | None = None
     scored: bool = False
     seed: int = 0
+
+    def agree_with(self, earlier: PairOptions | None) -> bool:
+        """Whether what was read with the earlier options need not be read again."""
+        if earlier is None or earlier.scored != self.scored:
+            return False
+        asked = (self.columns, self.negatives, self.min_score)
+        known = (earlier.columns, earlier.negatives, earlier.min_score)
+        return all(new in (None, old) for new, old in zip(asked, known, strict=True))
 
 
 @dataclass
@@ -78,6 +87,8 @@ def read_pairs(source: Any, **options: Any) -> Dataset | DatasetDict:
         source: a file or a dataset's name (see `rows`), a list of rows (dicts, or tuples in the order anchor,
             positive, negatives), columns, a `Dataset`; or a dict of several of these, a set each.
         options: fields of `PairOptions`.
+
+    What it returned it takes as it is.
 
     Returns:
         A Dataset with the columns anchor, positive, then negative or negative_1 to negative_K; further
@@ -174,6 +185,8 @@ def text_columns(dataset: Dataset) -> list[str]:
 
 def _read_sets(source: Any, options: PairOptions, prefix: str = "") -> dict[Any, Dataset]:
     """Read one source into a Dataset a task; the key is None where rows have no task."""
+    if isinstance(source, Dataset) and options.agree_with(getattr(source, READ_WITH, None)):
+        return {None: source}
     if isinstance(source, DatasetDict):
         raise DataError(f"{prefix}a DatasetDict inside a set: give its parts as sets of their own")
     rows = [(prefix + place, row) for place, row in _rows(source)]
@@ -349,7 +362,9 @@ def _dataset(pairs: list[Pair], options: PairOptions) -> Dataset:
             columns[NEGATIVE_LABELS] = [[numbers[of] for of in pair.negative_ids] for pair in pairs]
     if any(pair.instruction is not None for pair in pairs):
         columns[INSTRUCTION] = [pair.instruction or "" for pair in pairs]
-    return Dataset.from_dict(columns)
+    dataset = Dataset.from_dict(columns)
+    setattr(dataset, READ_WITH, options)
+    return dataset
 
 
 def _negative_fields(row: Mapping[str, Any], options: PairOptions) -> list[str]:
