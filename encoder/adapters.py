@@ -7,6 +7,7 @@ headless model and only warn: such an adapter is refused in training, and mapped
 
 import logging
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 
 logger = logging.getLogger(__name__)
 
@@ -115,12 +116,28 @@ def merge_lora(adapter: PeftModel) -> float:
             lost += (kept - delta).square().sum().item()
     backbone: Any = adapter.merge_and_unload(safe_merge=True)
     _forget(backbone)
+    return _share(lost, wanted, backbone.dtype)
+
+
+@torch.no_grad()
+def lost_in_rounding(before: Sequence[tuple[nn.Parameter, Tensor]]) -> float:
+    """What `merge_lora` returns, of parameters trained in float32 that will have their dtype of before."""
+    wanted = lost = 0.0
+    for parameter, value in before:
+        update = parameter.float() - value.float()
+        kept = parameter.to(value.dtype).float() - value.float()
+        wanted += update.square().sum().item()
+        lost += (kept - update).square().sum().item()
+    return _share(lost, wanted, before[0][1].dtype) if before else 0.0
+
+
+def _share(lost: float, wanted: float, dtype: torch.dtype) -> float:
     share = (lost / wanted) ** 0.5 if wanted else 0.0
     if share > LOST_IN_MERGE:
         logger.warning(
-            "merging the adapter into %s weights rounded away %.0f%% of it; to train, load the encoder with "
+            "%s weights rounded away %.0f%% of what was trained; to train, load the encoder with "
             "dtype='float32' (matrix products still run in bfloat16 where the hardware has it)",
-            str(backbone.dtype).removeprefix("torch."),
+            str(dtype).removeprefix("torch."),
             100 * share,
         )
     return share

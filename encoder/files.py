@@ -105,9 +105,12 @@ def staged_file(path: Path, new: bool = False) -> Iterator[BinaryIO]:
 def held(folder: Path) -> Iterator[None]:
     """Hold a folder for the block, against all who would hold it too; the lock ends with the process.
 
+    It is made where there is none, and gone again if the block fails and left nothing in it.
+
     Raises:
         ValueError: another process holds it.
     """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     try:
         lock = _lock(folder, fcntl.LOCK_NB)
@@ -117,6 +120,11 @@ def held(folder: Path) -> Iterator[None]:
         lock = None
     try:
         yield
+    except BaseException:
+        with suppress(OSError):
+            for path in made:
+                path.rmdir()
+        raise
     finally:
         if lock is not None:
             os.close(lock)

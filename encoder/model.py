@@ -375,14 +375,17 @@ class Encoder(SentenceTransformer):
         after a reload, unless its `requires_grad_()` is called before.
 
         Raises:
-            ValueError: fewer texts than the vectors have dimensions.
+            ValueError: fewer texts than the vectors have dimensions, or an empty one.
         """
         whitening, modules = Whitening(**settings), self._modules.copy()
+        ended = getattr(self.transformer, "ended", None)
         try:
             whitening.weigh(self, texts)
             append_linear(self, whitening.fit(self, texts))
         except BaseException:
             self._modules = modules
+            if ended != getattr(self.transformer, "ended", None):
+                self.transformer.frame(self.transformer.template, end=bool(ended))
             raise
 
     def quantize(self) -> None:

@@ -19,6 +19,7 @@ from sentence_transformers.sentence_transformer.modules import Normalize
 from torch import Tensor, nn
 
 from uncausal.encoder.data.rows import DataError
+from uncausal.encoder.inputs import check_not_empty
 from uncausal.encoder.linear import use_onednn
 
 FLOOR = 1e-4  # of the largest variance: directions below it are noise, and are not amplified further
@@ -88,8 +89,9 @@ class Whitening:
         """Return the map of the encoder's vectors of `texts`, before they are normalised.
 
         Raises:
-            ValueError: fewer texts than the vectors have dimensions, or `dim` above those.
+            ValueError: fewer texts than the vectors have dimensions, `dim` above those, or an empty text.
         """
+        check_not_empty(texts)
         limit = encoder.max_seq_length
         encoder.max_seq_length = min(self.max_length, limit or self.max_length)
         drawn = np.random.default_rng(self.seed).permutation(len(texts))[: self.max_texts]

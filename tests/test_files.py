@@ -91,6 +91,17 @@ def test_a_folder_is_held_by_one_process_until_that_ends(tmp_path):
         pass
 
 
+def test_what_fails_leaves_no_empty_folder(tmp_path):
+    run = tmp_path / "new" / "run"
+    with pytest.raises(KeyError), held(run):
+        raise KeyError
+    assert names(tmp_path) == []
+    with pytest.raises(KeyError), held(run):
+        (run / "checkpoint").touch()
+        raise KeyError
+    assert names(run) == ["checkpoint"]
+
+
 def test_a_file_system_without_locks_holds_nobody(tmp_path, monkeypatch):
     def refuse(*_):
         raise OSError("no locks available")

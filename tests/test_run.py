@@ -10,11 +10,13 @@ import torch
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from tiny import FAST, PAIRS, TEXTS, Signal, load, losses
+from transformers import TrainerControl, TrainerState
 
 from uncausal import Encoder
 from uncausal.encoder import adapters
 from uncausal.encoder.files import held
-from uncausal.encoder.training.progress import TrainingInterrupted
+from uncausal.encoder.training import progress
+from uncausal.encoder.training.progress import StopOnSignal, TrainingInterrupted
 from uncausal.encoder.training.run import train
 from uncausal.encoder.training.stages.contrastive import Contrastive
 from uncausal.encoder.training.stages.distill import Distill
@@ -123,6 +125,22 @@ def test_interrupted_run_goes_on_as_if_nothing_had_happened(
     found = train(merged, stage, data, tmp_path / "cut", progress=False)
     assert found.steps == 0 and losses(found) == losses(whole)
     torch.testing.assert_close(merged.encode(TEXTS[:3]), encoder.encode(TEXTS[:3]), rtol=0, atol=0)
+
+
+def test_a_signal_while_processes_agree_is_not_lost(monkeypatch):
+    """Regression: their answer, no, took the place of what had come in the meantime."""
+    stop = StopOnSignal()
+
+    def exchange(flag):
+        stop.stopped = True  # by the handler
+        return flag
+
+    monkeypatch.setattr(progress, "anywhere", exchange)
+    state, control = TrainerState(global_step=1, max_steps=9), TrainerControl()
+    stop.on_step_end(None, state, control)
+    assert not control.should_training_stop and stop.stopped  # others know nothing of it yet
+    stop.on_step_end(None, state, control)
+    assert control.should_training_stop and control.should_save
 
 
 def test_a_signal_in_the_last_step_stops_what_follows(checkpoint, tmp_path):
@@ -322,3 +340,36 @@ def test_full_fine_tuning_keeps_float32_masters_of_bfloat16_weights(checkpoint, 
     again = load(checkpoint, "sdpa", dtype="bfloat16")
     assert train(again, stage, TEXTS, tmp_path / "half", progress=False).steps == 0
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), half.parameters(), strict=True))
+
+
+def test_a_loss_with_weights_of_its_own_goes_on_with_them(checkpoint, tmp_path):
+    """Regression: a resumed run began with a new classifier, and the old one's optimiser state."""
+
+    class Classified(torch.nn.Module):
+        def __init__(self, encoder):
+            super().__init__()
+            torch.manual_seed(0)
+            self.encoder, self.head = encoder, torch.nn.Linear(2 * 32, 1)
+            made.append(self.head)
+
+        def forward(self, features, labels):
+            sides = [self.encoder(dict(side))["sentence_embedding"] for side in features]
+            return self.head(torch.cat(sides, dim=1)).square().mean()
+
+    made, found = [], []
+    stage = Contrastive(max_steps=4, batch_size=8, **FAST)
+    for name, callbacks in (("whole", []), ("cut", [Signal(2)])):
+        encoder, options = load(checkpoint), {"loss": Classified, "progress": False}
+        if callbacks:
+            with pytest.raises(TrainingInterrupted):
+                train(encoder, stage, PAIRS[:16], tmp_path / name, callbacks=callbacks, **options)
+        found.append(train(encoder, stage, PAIRS[:16], tmp_path / name, **options))
+    assert losses(found[0]) == losses(found[1])
+    whole, before, resumed = made
+    assert torch.equal(whole.weight, resumed.weight) and not torch.equal(before.weight, resumed.weight)
+
+
+def test_what_half_precision_rounds_away_of_whole_weights_is_told(checkpoint, tmp_path, caplog):
+    stage = SimCSE(max_steps=2, batch_size=8, **{**FAST, "lora_r": 0, "learning_rate": 1e-5})
+    half = train(load(checkpoint, "sdpa", dtype="bfloat16"), stage, TEXTS, tmp_path / "half", progress=False)
+    assert 0.5 < half.lost_in_merge <= 1.0 and "bfloat16 weights rounded away" in caplog.text

@@ -283,6 +283,11 @@ def test_tokens_are_weighed_before_the_map_is_fitted(checkpoint, tmp_path):
     with pytest.raises(ValueError, match="at least as many texts; there are 9"):
         plain.whiten(TEXTS[:9], sif=0.01)
     assert plain.pooling == "latent" and np.array_equal(plain.encode(TEXTS[:9]), before)
+    ending = load(checkpoint, pooling="last_token")  # whose tokenizer ends every text
+    before = ending.encode(TEXTS[:9])
+    with pytest.raises(ValueError, match="at least as many texts; there are 9"):
+        ending.whiten(TEXTS[:9], sif=0.01)
+    assert ending.pooling == "last_token" and np.array_equal(ending.encode(TEXTS[:9]), before)
 
 
 def test_what_cannot_be_is_told(checkpoint, tmp_path):
@@ -290,6 +295,8 @@ def test_what_cannot_be_is_told(checkpoint, tmp_path):
         load(checkpoint).whiten(TEXTS[:9])
     with pytest.raises(ValueError, match="dim is 33; the vectors have 32"):
         load(checkpoint).whiten(TEXTS, dim=33)
+    with pytest.raises(ValueError, match=r"text 50 is empty"):  # by its place in the caller's list
+        load(checkpoint).whiten([*TEXTS[:50], " ", *TEXTS[50:]])
     with pytest.raises(ValueError, match=r"Whitening.power is 2; it must be in \[0, 1\]"):
         Whitening(power=2)
     with pytest.raises(ValueError, match="Whitening.dim is 0"):

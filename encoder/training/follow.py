@@ -3,11 +3,13 @@
 import dataclasses
 import json
 import logging
+import os
 import platform
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
+from glob import glob
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset, DatasetDict
 
+from uncausal.encoder.data.local import VARIABLE
 from uncausal.encoder.data.pairs import read_pairs, text_columns
 from uncausal.encoder.data.rows import named
 from uncausal.encoder.files import staged, staged_file
@@ -26,7 +29,7 @@ from uncausal.encoder.training.ranks import only_run, process_state, together
 from uncausal.encoder.training.recipes import RECIPE, SELF, Recipe, Step, load_recipe
 from uncausal.encoder.training.run import train
 from uncausal.encoder.training.stages.base import Stage
-from uncausal.encoder.training.stages.distill import Distill
+from uncausal.encoder.training.stages.distill import Distill, text_digest
 from uncausal.encoder.whitening import LinearMap, Whitening, append_linear
 
 logger = logging.getLogger(__name__)
@@ -153,9 +156,9 @@ def made_teacher(folder: Path, place: str, name: str, seed: int, **given: Any) -
     steps = [{**describe_step(step), "pooling": step.pooling, "read": _prints(step)} for step in recipe.steps]
     model, root = str(given["model"] or recipe.model), str(given["data_dir"])
     told = {"recipe": name, "model": model, "options": recipe.options, "steps": steps, "data_dir": root}
+    told |= {name: given[name] for name in ("attention", "dtype") if name in given}
     told = json.loads(json.dumps(told, default=str))
-    done = given["resume"] and note.exists() and json.loads(note.read_text()) == told
-    if done and (output / RESULT).exists():
+    if given["resume"] and _noted(note) == told and (output / RESULT).exists():
         return output
     logger.info("making the teacher %s", name)
     with together():
@@ -172,14 +175,9 @@ def made_teacher(folder: Path, place: str, name: str, seed: int, **given: Any) -
 def choose(step: Step, encoder: Encoder, folder: Path, data_dir: Any, resume: bool, progress: bool) -> Choice:
     """Decide a depth, or take what an earlier run decided for the same settings, data and model."""
     pruning: Any = step.settings
-    made_for = _made_for(step, encoder, pruning.needs_data)
-    file = folder / CHOICE
-    if resume and file.exists():
-        with suppress(ValueError, KeyError):
-            found = json.loads(file.read_text())
-            if found["made_for"] == made_for:
-                depths = found["depths"] and Depths(*found["depths"])
-                return Choice(found["kept"], depths, found["losses"])
+    file, made_for = folder / CHOICE, _told(asked_of(step, data_dir), encoder)
+    if resume and (found := kept_choice(file, made_for)):
+        return found
     triplets = step.read(data_dir) if pruning.needs_data else None
     choice = pruning.choose(encoder, triplets, show_progress_bar=progress)
     logger.info("pruning: %s", choice)
@@ -189,6 +187,24 @@ def choose(step: Step, encoder: Encoder, folder: Path, data_dir: Any, resume: bo
             with staged_file(file) as out:
                 out.write(json.dumps({"made_for": made_for, **choice._asdict()}, indent=2).encode())
     return choice
+
+
+def asked_of(step: Step, data_dir: Any) -> dict[str, Any]:
+    """What a depth is decided by, beside the encoder."""
+    pruning: Any = step.settings
+    told = {"settings": asdict(pruning)}
+    if pruning.needs_data:
+        told |= {"data": _prints(step), "data_dir": str(data_dir or os.environ.get(VARIABLE))}
+    return told
+
+
+def kept_choice(file: Path, made_for: Mapping[str, Any]) -> Choice | None:
+    """The depth that a file holds, if it was decided for the same; the encoder may be left out."""
+    found = _noted(file) or {}
+    known = found.get("made_for", {})
+    if {**known, **made_for} != known:
+        return None
+    return Choice(found["kept"], found["depths"] and Depths(*found["depths"]), found["losses"])
 
 
 def whitening(
@@ -202,9 +218,9 @@ def whitening(
     data = step.read(data_dir)
     texts = texts_of_pairs(read_pairs(data), settings.max_texts) if step.takes_pairs else data
     settings.weigh(encoder, texts)
-    made_for = _made_for(step, encoder, True)
+    made_for = _told({"settings": asdict(settings), "texts": text_digest(texts)}, encoder)
     note, weights = folder / CHOICE, folder / MAP
-    if resume and note.exists() and json.loads(note.read_text()) == made_for:
+    if resume and _noted(note) == made_for:
         return LinearMap.load(str(weights)).requires_grad_(False)
     fitted = settings.fit(encoder, texts, progress=progress)
     with together():
@@ -216,21 +232,25 @@ def whitening(
     return fitted
 
 
-def _made_for(step: Step, encoder: Encoder, reads: bool) -> dict[str, Any]:
-    """What a depth or a map depends on, as JSON gives it back; a file of data by its size and its time."""
-    settings: Any = step.settings
-    told = {
-        "settings": asdict(settings),
-        "data": _prints(step) if reads else None,
-        "encoder": describe_encoder(encoder),
-    }
-    return json.loads(json.dumps(told, default=str))
+def _noted(note: Path) -> Any:
+    """What a note holds, None where there is none; every process has looked before one writes another."""
+    found = None
+    with together(), suppress(OSError, ValueError):
+        found = json.loads(note.read_text())
+    return found
+
+
+def _told(asked: dict[str, Any], encoder: Encoder) -> dict[str, Any]:
+    """What a depth or a map depends on, as JSON gives it back."""
+    return json.loads(json.dumps({**asked, "encoder": describe_encoder(encoder)}, default=str))
 
 
 def _prints(step: Step) -> list[Any]:
-    """What tells a step's data from others."""
+    """What tells a step's data from others; a file is told by its size and its time."""
     sources = step.data.values() if isinstance(step.data, Mapping) else [step.data]
-    files = [Path(x).stat() for x in sources if isinstance(x, str | Path) and Path(x).is_file()]
+    names = [str(Path(x).expanduser()) for x in sources if isinstance(x, str | Path)]
+    names = [place for name in names for place in ([name] if Path(name).exists() else sorted(glob(name)))]
+    files = [Path(name).stat() for name in names if Path(name).is_file()]
     # of a Dataset the print, as its repr tells columns alone
     prints = [getattr(x, "_fingerprint", None) for x in sources]
     return [repr(step.data), repr(step.lender), prints, [[x.st_size, x.st_mtime_ns] for x in files]]

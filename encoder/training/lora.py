@@ -134,28 +134,28 @@ def check_layers(decoder: Any, trainable_layers: Sequence[int] | None) -> None:
         raise ValueError(f"layers {outside} do not exist: the model has the layers 0 to {len(decoder) - 1}")
 
 
-def save_trainable(model: nn.Module, adapter: PeftModel | None, path: Path) -> None:
-    """Save the adapter in peft's format, and what else is trained: a pooling layer, or all without LoRA."""
+def save_trainable(
+    model: nn.Module, adapter: PeftModel | None, path: Path, loss: nn.Module | None = None
+) -> None:
+    """Save the adapter in peft's format, and what else is trained: pooling, a loss, all without LoRA."""
     path.mkdir(parents=True, exist_ok=True)
     if adapter is not None:
         adapter.save_pretrained(str(path))
         (path / "README.md").unlink(missing_ok=True)  # peft's empty model card
-    extra = {
-        name: parameter.detach().cpu().contiguous()
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad and "lora_" not in name
-    }
-    if extra:
+    trained = _beside_adapter(model, loss)
+    if extra := {name: parameter.detach().cpu().contiguous() for name, parameter in trained.items()}:
         save_file(extra, path / EXTRA_FILE)
 
 
-def load_trainable(model: nn.Module, adapter: PeftModel | None, path: Path) -> None:
+def load_trainable(
+    model: nn.Module, adapter: PeftModel | None, path: Path, loss: nn.Module | None = None
+) -> None:
     """Load what `save_trainable` wrote into a model prepared in the same way.
 
     Raises:
         ValueError: the tensors are not those of this model; the message names one.
     """
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad and "lora_" not in name}
+    trained = _beside_adapter(model, loss)
     extra = load_file(path / EXTRA_FILE) if (path / EXTRA_FILE).exists() else {}
     if extra.keys() != trained.keys():
         odd = sorted(extra.keys() ^ trained.keys())[0]
@@ -166,3 +166,13 @@ def load_trainable(model: nn.Module, adapter: PeftModel | None, path: Path) -> N
     if adapter is not None:
         check_adapter(adapter.get_base_model(), path)
         adapter.load_adapter(str(path), "default", is_trainable=True)
+
+
+def _beside_adapter(model: nn.Module, loss: nn.Module | None) -> dict[str, nn.Parameter]:
+    """What is trained but the adapter: of the model, and of a loss that has weights of its own."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad and "lora_" not in name}
+    if loss is not None:
+        of_model = {id(parameter) for parameter in model.parameters()}
+        own = ((name, p) for name, p in loss.named_parameters() if p.requires_grad and id(p) not in of_model)
+        trained |= {f"loss.{name}": parameter for name, parameter in own}
+    return trained

@@ -17,10 +17,10 @@ import psutil
 import torch
 from datasets import Dataset, DatasetDict
 
-from uncausal.encoder.data.pairs import read_pairs, text_columns
+from uncausal.encoder.data.pairs import INSTRUCTION, read_pairs, text_columns
 from uncausal.encoder.model import Encoder
 from uncausal.encoder.pruning import Pruning
-from uncausal.encoder.training.follow import OF_LOADING, choose, set_pooling
+from uncausal.encoder.training.follow import CHOICE, OF_LOADING, asked_of, kept_choice, set_pooling
 from uncausal.encoder.training.recipes import RECIPE, Recipe, Step, load_recipe
 from uncausal.encoder.training.run import restore_modules, train
 from uncausal.encoder.training.stages.base import Stage
@@ -64,8 +64,12 @@ def plan_recipe(
         for number, step in enumerate(steps, 1):
             set_pooling(encoder, step)
             if isinstance(step.settings, Pruning):
-                kept = Path(output or folder) / "stages" / f"{number}-{step.kind}"
-                encoder.prune(choose(step, encoder, kept, data_dir, True, False).kept)
+                file = Path(output or folder) / "stages" / f"{number}-{step.kind}" / CHOICE
+                choice = kept_choice(file, asked_of(step, data_dir))
+                if choice is None:
+                    triplets = step.read(data_dir) if step.needs_data else None
+                    choice = step.settings.choose(encoder, triplets, show_progress_bar=False)
+                encoder.prune(choice.kept)
                 rows.append({"kind": step.kind, "layers": encoder.num_layers})
                 continue
             if isinstance(step.settings, Whitening):
@@ -133,7 +137,7 @@ def tokens_of_row(encoder: Encoder, stage: Stage, data: Any) -> tuple[float, flo
         pairs = read_pairs(data, columns=stage.columns, negatives=stage.negatives, min_score=stage.min_score)
         sets: dict[Any, Dataset] = dict(pairs) if isinstance(pairs, DatasetDict) else {"": pairs}
         weights = [stage.weights.get(name, 1.0) * len(part) for name, part in sets.items()]
-        columns = [_columns(part) for part in sets.values()]
+        columns = [_columns(part, stage.instruction_template) for part in sets.values()]
     else:
         # sets stand one after another
         sample = random.Random(0).sample(data, min(SAMPLE, len(data)))
@@ -143,10 +147,15 @@ def tokens_of_row(encoder: Encoder, stage: Stage, data: Any) -> tuple[float, flo
     return tokens, max(map(max, means))
 
 
-def _columns(part: Dataset) -> list[list[str]]:
+def _columns(part: Dataset, template: str) -> list[list[str]]:
+    """Some texts of every column; an anchor that has an instruction follows it."""
     rows = random.Random(0).sample(range(len(part)), min(SAMPLE, len(part)))
     sample = part.select(rows)
-    return [list(sample[name]) for name in text_columns(part)]
+    columns = [list(sample[name]) for name in text_columns(part)]
+    if INSTRUCTION in part.column_names:
+        told = [template.replace("{instruction}", text) if text else "" for text in sample[INSTRUCTION]]
+        columns[0] = [prompt + anchor for prompt, anchor in zip(told, columns[0], strict=True)]
+    return columns
 
 
 def _lengths(encoder: Encoder, texts: list[str], limit: int) -> list[int]:

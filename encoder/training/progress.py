@@ -92,8 +92,9 @@ class StopOnSignal(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # Every process must stop after the same step, whichever of them had the signal, or the others hang.
-        self.stopped = anywhere(self.stopped)
-        if self.stopped and state.global_step < state.max_steps:
+        agreed = anywhere(self.stopped)
+        self.stopped = self.stopped or agreed  # a signal may have come meanwhile, for the next step
+        if agreed and state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = True
 
     @contextmanager

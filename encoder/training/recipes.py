@@ -18,7 +18,8 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, get_type_hints
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
@@ -26,11 +27,12 @@ import uncausal
 from uncausal.encoder.data.local import PREFIX, SETS, check_local, local_rows, split_name
 from uncausal.encoder.data.pairs import LABEL, read_pairs
 from uncausal.encoder.data.texts import read_texts
-from uncausal.encoder.loading import EncoderSpec
+from uncausal.encoder.loading import EncoderSpec, local_path
 from uncausal.encoder.pooling import POOLING_MODES
 from uncausal.encoder.pruning import Pruning
 from uncausal.encoder.training.stages.base import Stage
 from uncausal.encoder.training.stages.contrastive import Contrastive
+from uncausal.encoder.training.stages.distill import Distill
 from uncausal.encoder.training.stages.registry import STAGES
 from uncausal.encoder.whitening import Whitening
 
@@ -133,7 +135,8 @@ class Recipe:
 
         Raises:
             RecipeError: a stage has no data, or there is no such stage.
-            DataError, FileNotFoundError: there is no such local set, or no data directory.
+            DataError, FileNotFoundError: there is no such local set, no data directory, or no such installed
+                package of a teacher.
         """
         given, kinds = dict(data or {}), [step.kind for step in self.steps]
         for kind in given.keys() - {*kinds}:
@@ -154,6 +157,9 @@ class Recipe:
                 f"data={{{missing[0]!r}: ...}}, or --data {missing[0]}=FILE"
             )
         for step in steps:
+            if isinstance(step.settings, Distill) and step.settings.vectors is None:
+                for teacher in step.settings.teachers:
+                    local_path(teacher)  # one of a package that is not installed is missed now
             for name in _local_names(step.data):
                 check_local(name, folder)
                 if step.takes_pairs and split_name(name)[0] not in SETS:
@@ -323,8 +329,17 @@ def _check_keys(table: Mapping[str, Any], valid: Sequence[str], where: str) -> N
 
 def _check_types(table: Mapping[str, Any], types: Mapping[str, Any], where: str) -> None:
     for key, value in table.items():
+        if key == "trainer_arguments":  # the Trainer's to check
+            continue
         try:
             check_type(value, types[key], collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
+            # to Python True is an int, and a str a sequence of them
+            union = get_origin(types[key]) in (Union, UnionType)
+            plain = get_args(types[key]) if union else (types[key],)
+            if isinstance(value, bool | str) and not {type(value), Literal, Any} & {
+                get_origin(t) or t for t in plain
+            }:
+                raise TypeCheckError(key)
         except TypeCheckError:
             wanted = inspect.formatannotation(types[key]).replace("collections.abc.", "")
             raise RecipeError(f"{where}: {key} is {value!r}; it must be {wanted}") from None

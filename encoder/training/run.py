@@ -17,11 +17,11 @@ import torch
 from accelerate import PartialState
 from peft import PeftModel
 from sentence_transformers import SentenceTransformer
-from torch import nn
+from torch import Tensor, nn
 from transformers import TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback
 
-from uncausal.encoder.adapters import merge_lora, unload_lora
+from uncausal.encoder.adapters import lost_in_rounding, merge_lora, unload_lora
 from uncausal.encoder.layers import decoder_layers
 from uncausal.encoder.training.checkpoints import (
     FINAL,
@@ -134,7 +134,7 @@ def _train(
     description = describe(encoder, stage, dataset, module, weights)
     open_run(run, description, resume)
     set_seed(stage.seed)  # whatever the data drew: loading a teacher does
-    with _trainable(encoder, stage) as adapter:
+    with _trainable(encoder, stage) as (adapter, before):
         if (run / FINAL).exists():
             logger.info("%s: already trained, merging %s", stage.name, run / FINAL)
             load_trainable(encoder, adapter, run / FINAL)
@@ -143,7 +143,7 @@ def _train(
         else:
             with stage.conditions(encoder):
                 trainer = stage.make_trainer(encoder, dataset, run, module)
-                trainer.adapter, trainer.trained = adapter, encoder
+                trainer.adapter, trainer.trained, trainer.stage_loss = adapter, encoder, module
                 trainer.schedule_steps = stage.schedule_steps
                 set_seed(stage.seed + state.process_index)  # dropout of its own in every process
                 if eval is not None and stage.eval_steps:
@@ -155,7 +155,7 @@ def _train(
             save_final(encoder, adapter, run, record, description)
             if anywhere(stop.stopped):
                 raise TrainingInterrupted(f"{stage.name} ended: the same call or command goes on behind it")
-        lost = merge_lora(adapter) if adapter is not None else 0.0
+        lost = lost_in_rounding(before) if adapter is None else merge_lora(adapter)
     return TrainResult(**record, metrics={}, adapter=run / FINAL, lost_in_merge=lost)
 
 
@@ -177,8 +177,13 @@ def restore_modules(encoder: SentenceTransformer, modules: dict[str, nn.Module])
 
 
 @contextmanager
-def _trainable(encoder: SentenceTransformer, stage: Stage) -> Iterator[PeftModel | None]:
-    """Freeze all but what the stage trains; if the block fails, the encoder's weights are as before."""
+def _trainable(
+    encoder: SentenceTransformer, stage: Stage
+) -> Iterator[tuple[PeftModel | None, list[tuple[nn.Parameter, Tensor]]]]:
+    """Freeze all but what the stage trains; if the block fails, the encoder's weights are as before.
+
+    Yields the adapter, and what else is trained, each with its value from before.
+    """
     backbone: Any = encoder[0].auto_model  # type: ignore[union-attr]
     flags = [(parameter, parameter.requires_grad) for parameter in encoder.parameters()]
     dtypes = [parameter.dtype for parameter, _ in flags]
@@ -216,7 +221,7 @@ def _trainable(encoder: SentenceTransformer, stage: Stage) -> Iterator[PeftModel
             # A step is smaller than the last place of most half precision weights, and would be rounded away.
             for parameter, _ in maps:
                 parameter.data = parameter.data.float()
-        yield adapter
+        yield adapter, before
         _to_dtypes(flags, dtypes)
     except BaseException:
         if adapter is not None:

@@ -38,6 +38,7 @@ class StageTrainer(Trainer):
 
     adapter: PeftModel | None = None
     trained: nn.Module  # the module whose trained tensors are saved
+    stage_loss: nn.Module | None = None  # whose own weights are saved with them
     schedule_steps: int | None = None
     tokens = 0  # of this process
     _since: tuple[int, float] | None = None
@@ -85,10 +86,11 @@ class StageTrainer(Trainer):
             self._since = (tokens, start + seconds)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        save_trainable(self.trained, self.adapter, Path(output_dir or str(self.args.output_dir)))
+        folder = Path(output_dir or str(self.args.output_dir))
+        save_trainable(self.trained, self.adapter, folder, self.stage_loss)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        load_trainable(self.trained, self.adapter, Path(resume_from_checkpoint))
+        load_trainable(self.trained, self.adapter, Path(resume_from_checkpoint), self.stage_loss)
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._staging or self.args.output_dir)
