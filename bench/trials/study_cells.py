@@ -264,7 +264,7 @@ def claims(depth: int, depths: Sequence[int]) -> list[Claim]:
         ),
         Claim(
             "NV-Embed",
-            "and more than as many steps of the first stage",
+            "and more than going on with the first stage",
             (("instruction.mean", "supervised-twice.mean"),),
             LABELLED,
         ),
