@@ -37,6 +37,15 @@ class EncodedBatch(NamedTuple):
     num_truncated: int = 0
 
 
+def check_packed(encoder: Any) -> None:
+    """Raise ValueError for an encoder whose batches are padded."""
+    if not getattr(encoder, "packed", False):
+        raise ValueError(
+            "batches without padding need the packed attention: load the model with attention='auto'; one "
+            "that has no packed form is encoded whole, by encode() or into a .npy or .parquet file"
+        )
+
+
 @torch.inference_mode()
 def iter_encode(
     encoder: SentenceTransformer,
@@ -62,11 +71,7 @@ def iter_encode(
         ValueError: naming the text that is empty or not Unicode, before anything is encoded; or
             `batch_tokens` is not positive, or the encoder is not packed: its texts would see one another.
     """
-    if not getattr(encoder, "packed", False):
-        raise ValueError(
-            "batches without padding need the packed attention: load the model with attention='auto'; one "
-            "that has no packed form is encoded whole, by encode() or into a .npy or .parquet file"
-        )
+    check_packed(encoder)
     check_not_empty(texts)
     check_unicode(texts)
     if batch_tokens is not None and batch_tokens < 1:

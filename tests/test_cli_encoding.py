@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from commands import TEXTS, run
 
 from uncausal.encoder.model import Encoder
@@ -53,9 +54,24 @@ def test_a_blank_row_is_told_and_not_left_out(cli_folder, tmp_path, capsys):
     """Vectors stood beside other rows than their own."""
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("a", " ", "b")))
-    for output in (tmp_path / "v.npy", f"{tmp_path}/v/"):
-        said = run(capsys, "encode", cli_folder / "encoder", rows, output, status=1)
-        assert "rows.jsonl:2: the text is empty" in said
+    (tmp_path / "rows.txt").write_text("a\n\nb\n")
+    for file in (rows, tmp_path / "rows.txt"):
+        for output in (tmp_path / "v.npy", f"{tmp_path}/v/"):
+            said = run(capsys, "encode", cli_folder / "encoder", file, output, status=1)
+            assert f"{file}:2: the text is empty" in said
+
+
+def test_vectors_that_are_not_finite_are_not_written(byte_llama, cli_folder, tmp_path, capsys):
+    """Regression: NaN stood in the file, and in what a program would read as JSON."""
+    encoder = Encoder.from_pretrained(byte_llama, dtype="float32", device="cpu")
+    with torch.no_grad():
+        encoder.backbone.norm.weight.fill_(torch.nan)
+    encoder.save_pretrained(str(tmp_path / "nan"))
+    for command in (["encode", tmp_path / "v.npy"], ["search", "the cat", "--json"]):
+        name, *rest = command
+        said = run(capsys, name, tmp_path / "nan", cli_folder / "texts.txt", *rest, status=1)
+        assert "is not finite" in said
+    assert not (tmp_path / "v.npy").exists()
 
 
 @pytest.mark.parametrize(

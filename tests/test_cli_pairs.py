@@ -143,6 +143,8 @@ def test_mine(cli_folder, tmp_path, capsys, monkeypatch, teacher):
         (["pairs", "code", "nowhere", "out.jsonl"], "no such file or folder: nowhere"),
         (["pairs", "code", ".", "out.txt"], "out.txt: rows are written as .jsonl"),
         (["pairs", "code", ".", "out.jsonl", "--min-words", "99"], "not written, for there is no row"),
+        (["pairs", "code", ".", "out.jsonl", "--exclude", "numpy"], "--exclude is for --environment"),
+        (["pairs", "code", "--environment", "--kinds", "commit", "--", "out.jsonl"], "name them as PATH"),
         (["pairs", "prose", "pairs.jsonl", "out.jsonl"], "pairs.jsonl:1: no field 'text'"),
         (["mine", "bm25", "scored.jsonl", "out.jsonl"], "choose min_score"),
         (["mine", "bm25", "pairs.jsonl", "out.txt"], "out.txt: rows are written as .jsonl"),

@@ -222,6 +222,7 @@ def test_a_shard_is_read_once(whole, tmp_path, monkeypatch):
 def test_what_does_not_fit_float16_and_no_rows_are_refused(encoder, tmp_path):
     with pytest.raises(ValueError, match="holds no row"):
         encode_corpus(encoder, [], tmp_path / "empty", SETTINGS)
+    assert not (tmp_path / "empty").exists()
     huge = Encoder(modules=[*encoder, torch.nn.Identity()])
     huge.spec = encoder.spec
     huge[-1].forward = lambda features: {
@@ -238,6 +239,18 @@ def test_padded_encoder_is_refused(tiny_checkpoint, tmp_path):
     padded = Encoder.from_pretrained(tiny_checkpoint, device="cpu", dtype="float32", attention="sdpa")
     with pytest.raises(ValueError, match="need the packed attention"):
         encode_corpus(padded, ROWS, tmp_path, SETTINGS)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_refused_call_leaves_the_folder_to_the_next(encoder, tmp_path):
+    """Regression: its manifest had the settings that were at fault, and the corrected call was refused."""
+    (tmp_path / "in.jsonl").write_text('{"text": "the cat"}\n')
+    wrong, right = CorpusSettings(column="txt"), CorpusSettings()
+    with pytest.raises(DataError, match="no field 'txt'"):
+        encode_corpus(encoder, corpus_rows(tmp_path / "in.jsonl", wrong), tmp_path / "out", wrong)
+    with pytest.raises(ValueError, match="batch_tokens is 0"):
+        CorpusSettings(batch_tokens=0)
+    assert encode_corpus(encoder, corpus_rows(tmp_path / "in.jsonl", right), tmp_path / "out").encoded == 1
 
 
 def test_unfinished_corpus_is_not_read(encoder, whole, tmp_path):

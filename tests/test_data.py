@@ -186,6 +186,21 @@ def test_read_pairs_takes_so_many_negatives():
     assert read_pairs(named, columns=("p", "h", "n")).to_dict() == {k: [v] for k, v in ROW.items()}
 
 
+def test_what_python_has_no_form_of_is_told_by_file_and_row(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    bad = pa.Array.from_buffers(
+        pa.string(), 1, [None, pa.py_buffer(b"\0\0\0\0\1\0\0\0"), pa.py_buffer(b"\xff")]
+    )
+    pq.write_table(pa.table({"text": pa.chunked_array([pa.array(["fine"]), bad])}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"a\.parquet: a row behind 0 is not readable"):
+        list(read_texts(tmp_path / "a.parquet"))
+    (tmp_path / "a.jsonl").write_text('{"": 5}\n')
+    with pytest.raises(DataError, match=r"a\.jsonl:1: no field 'text'; there is ''"):
+        list(read_texts(tmp_path / "a.jsonl"))
+
+
 def test_read_pairs_filters_by_score(tmp_path):
     """Pairs scored 0 were positives."""
     rows = [("0", "a", "b", "4.5"), ("1", "c", "d", "0"), ("2", "e", 'f "g', "4.0")]

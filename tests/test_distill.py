@@ -13,7 +13,9 @@ from tiny import Signal
 
 from uncausal import Encoder, train
 from uncausal.encoder.data.rows import DataError
+from uncausal.encoder.loading import load_model
 from uncausal.encoder.training.progress import TrainingInterrupted
+from uncausal.encoder.training.stages import distill as distill_module
 from uncausal.encoder.training.stages.distill import Distill, UnitDistance
 
 WORDS = "the a cat dog king sees likes paints river music two apples long road home".split()
@@ -110,6 +112,34 @@ def test_resumed_run_ends_where_a_whole_one_does(tiny_checkpoint, tmp_path):
             assert train(encoder, stage, TEXTS, tmp_path / run, progress=False).steps == 4
         ends.append(encoder.encode(TEXTS[:20]))
     assert np.array_equal(*ends)
+
+
+def test_a_teacher_goes_on_where_it_was_interrupted(tiny_checkpoint, tmp_path, monkeypatch):
+    """Regression: an hour of a deep teacher's work was lost with the process."""
+    monkeypatch.setattr(distill_module, "CHUNK", 20)
+    asked, real = [], Encoder.encode
+
+    def watched(self, texts, **options):
+        if len(asked) == stop:
+            raise KeyboardInterrupt
+        asked.append(len(texts))
+        return real(self, texts, **options)
+
+    monkeypatch.setattr(Encoder, "encode", watched)
+    file, texts = tmp_path / "vectors.npy", TEXTS[:50]
+    stage = Distill(teacher=str(tiny_checkpoint), vectors=str(file))
+    stop = 2
+    with pytest.raises(KeyboardInterrupt):
+        stage.targets(texts, "cpu")
+    assert asked == [20, 20] and not file.exists()
+    stop = 3
+    with pytest.raises(KeyboardInterrupt):  # other texts have parts of their own
+        stage.targets(texts[::-1], "cpu")
+    stop = None
+    stage.targets(texts, "cpu")
+    assert asked == [20, 20, 20, 10]
+    assert np.array_equal(np.load(file), real(load_model(str(tiny_checkpoint), device="cpu"), texts))
+    assert {path.name for path in tmp_path.iterdir()} == {"vectors.npy", "vectors.npy.json"}
 
 
 def test_own_full_depth_teaches_the_pruned(tiny_checkpoint, tmp_path):

@@ -131,6 +131,26 @@ def test_one_request_at_a_time(encoder):
         assert b"connection: close" in answer
 
 
+def test_a_large_second_request_leaves_the_first_its_answer(encoder):
+    """Regression: its bytes were counted as a head's, and the first one was answered 431."""
+    body = json.dumps({"inputs": "river"}).encode()
+    with Server(lambda: encoder) as server:
+        service, held = server.ready().app.state.service, threading.Event()
+        vectors_of = service.batcher._vectors
+        service.batcher._vectors = lambda jobs: (held.wait(20), vectors_of(jobs))[1]
+        with connect(server) as connection:
+            connection.sendall(post("/embed", body))
+            wait_for(lambda: service.batcher.waiting or service.held_bytes)
+            [protocol] = server.server.server_state.connections
+            large = post("/embed", b"x" * 200_000)
+            server.server.servers[0].get_loop().call_soon_threadsafe(protocol.data_received, large)
+            held.set()
+            answer = b""
+            while part := connection.recv(65_536):
+                answer += part
+        assert answer.startswith(b"HTTP/1.1 200") and answer.count(b"HTTP/1.1") == 1
+
+
 def test_who_leaves_is_noticed_whatever_was_sent_behind(encoder):
     """Regression: only the last of the requests of a connection was told."""
     body = json.dumps({"inputs": "river"}).encode()

@@ -1,5 +1,7 @@
 """The index of a folder: what it finds, and that it always holds what one made from scratch holds."""
 
+import errno
+import itertools
 import json
 import os
 import shutil
@@ -108,6 +110,19 @@ def test_passages_of_a_long_function_each_have_its_header():
     assert [line for p in found for line in p.text.split("\n")[1:]] == lines
 
 
+def test_passages_of_a_long_function_have_their_own_lines():
+    """Regression: a hit in the last piece pointed at the first line."""
+    lines = [f"    value_{i} = source[{i}] + offset" for i in range(400)]
+    text = "\n".join(["import os", "", "@cached", "def f(source):", '    """Say."""', *lines])
+    found = [p for p in passages("a.py", text.encode()) if p.name == "f"]
+    assert found[0].line == 3 and found[-1].end_line == 405
+    for one, next_one in itertools.pairwise(found):
+        assert next_one.line == one.end_line + 1
+    for passage in found[1:]:
+        own = text.split("\n")[passage.line - 1 : passage.end_line]
+        assert passage.text.split("\n")[-len(own) :] == own
+
+
 def test_passages_of_markdown():
     text = (
         "Before.\n\n# First #\n\nOne\ntwo.\n\nThree.\n\n```\n# no heading\n```\n\n## Second\n" + "word " * 300
@@ -115,6 +130,18 @@ def test_passages_of_markdown():
     found = passages("a.md", text.encode())
     assert [(p.name, p.line, p.end_line) for p in found] == [("", 1, 1), ("First", 3, 12), ("Second", 14, 15)]
     assert found[1].text.startswith("# First #\n\nOne\ntwo.\n\nThree.") and "no heading" in found[1].text
+
+
+def test_code_on_one_line_opens_no_fence():
+    text = "# A\n\n```pip install x```\n\n## B\n\nText.\n\n```sh\n# no heading\n```\n"
+    assert [(p.name, p.line, p.end_line) for p in passages("a.md", text.encode())] == [
+        ("A", 1, 3),
+        ("B", 5, 11),
+    ]
+
+
+def test_a_line_of_blanks_is_no_line_of_a_passage():
+    assert [(p.line, p.end_line, p.text) for p in passages("a.txt", b"   \nHello\n")] == [(2, 2, "Hello")]
 
 
 def test_passages_of_text_are_whole_paragraphs_with_their_lines():
@@ -309,10 +336,30 @@ def test_bad_files_are_counted(tmp_path, encoder):
     (folder / "nowhere.py").symlink_to(folder / "missing")
     (folder / ".venv").mkdir()
     write(folder / ".venv", hidden_py=SUM)
+    with open(folder / "huge.txt", "wb") as file:
+        file.truncate(1 << 42)  # four terabytes, of which nothing may be read
     report = update_index(tmp_path / "i", folder, encoder)
-    skipped = {"not Python 3": 2, "too long": 1, "not UTF-8": 2, "not text": 1, "name not UTF-8": 1}
+    skipped = {"not Python 3": 2, "too long": 2, "not UTF-8": 2, "not text": 1, "name not UTF-8": 1}
     assert report.skipped == skipped
     assert {passage[0] for passage in Index(tmp_path / "i").passages} == {"good.py"}
+
+
+def test_what_a_closed_folder_holds_is_not_forgotten(tmp_path, encoder, monkeypatch):
+    """Regression: a folder that could not be listed for a moment lost its passages."""
+    folder = write(tmp_path / "src", a_py=SUM, closed__b_py=READ, closed2__c_md="Text.")
+    update_index(tmp_path / "i", folder, encoder)
+    listed = os.scandir
+
+    def scandir(path):
+        if Path(path).name == "closed":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return listed(path)
+
+    (folder / "closed2" / "c.md").unlink()
+    monkeypatch.setattr(os, "scandir", scandir)
+    report = update_index(tmp_path / "i", folder, encoder)
+    assert (report.deleted, report.unchanged, report.skipped) == (1, 1, {"unreadable": 1})
+    assert {passage[0] for passage in Index(tmp_path / "i").passages} == {"a.py", "closed/b.py"}
 
 
 @pytest.mark.parametrize("dimension", [0, -1, 33])

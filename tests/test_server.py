@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 pytest.importorskip("fastapi", reason="the server needs `pip install uncausal[serve]`")
+from huggingface_hub import InferenceClient
 from pydantic import ValidationError
 from served import TEXTS, Server, small_encoder, small_server, wait_for
 
@@ -96,6 +97,30 @@ def test_embed_similarity_tokenize_info(server, encoder):
     assert [token["id"] for token in tokens] == encoder.tokenizer(TEXTS[0])["input_ids"]
     assert [TEXTS[0][t["start"] : t["stop"]] for t in tokens if not t["special"]] == TEXTS[0].split()
     assert server.call("GET", "/info")[2]["dimension"] == encoder.get_embedding_dimension()
+
+
+def test_what_clients_of_others_send(server, encoder):
+    """LiteLLM's null, Hugging Face's client that asks the root, and fields of text-embeddings-inference."""
+    for path in ("/v1/embeddings", "/embeddings"):
+        status, _, found = server.call("POST", path, {"input": TEXTS[0], "encoding_format": None})
+        assert status == 200 and np.array_equal(
+            np.float32(found["data"][0]["embedding"]), encoder.encode(TEXTS[0])
+        )
+    client = InferenceClient(f"http://127.0.0.1:{server.port}")
+    unit = encoder.encode(TEXTS[0], normalize_embeddings=True)
+    options = {"normalize": True, "truncate": True, "truncation_direction": "right"}
+    np.testing.assert_allclose(client.feature_extraction(TEXTS[0], **options)[0], unit, atol=1e-6)
+    status, _, answer = server.call("POST", "/embed", {"inputs": "a", "truncation_direction": "Left"})
+    assert status == 422 and "texts are cut on the right, not on the Left" in answer["error"]["message"]
+
+
+def test_tokenize_without_special_tokens(tiny_checkpoint):
+    framed = small_encoder(tiny_checkpoint)
+    framed.set_pooling("last_token")  # whose tokenizer ends every text
+    with Server(lambda: framed) as server:
+        asked = [{"inputs": TEXTS[0]}, {"inputs": TEXTS[0], "add_special_tokens": False}]
+        [[ended], [bare]] = [server.ready().call("POST", "/tokenize", body)[2] for body in asked]
+    assert ended[:-1] == bare and ended[-1]["special"] and not any(token["special"] for token in bare)
 
 
 @pytest.mark.parametrize(
@@ -312,6 +337,15 @@ def test_a_client_that_leaves_frees_what_waits(encoder, stage):
     assert told == [] and len(futures) == (0 if stage == "tokenizer" else 4)
     held.set()
     service.stop()
+
+
+def test_more_texts_than_may_wait_are_never_too_many_now(encoder):
+    """Regression: /tokenize said to try again, and /info that so many are taken."""
+    with Server(lambda: encoder, max_waiting=3) as server:
+        assert server.ready().call("GET", "/info")[2]["max_client_batch_size"] == 3
+        for path in ("/embed", "/tokenize"):
+            status, _, answer = server.call("POST", path, {"inputs": TEXTS})
+            assert status == 413 and "at most 3 are taken" in answer["error"]["message"]
 
 
 def test_limits_are_checked(encoder):

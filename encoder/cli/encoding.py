@@ -107,6 +107,8 @@ def encode(
             file=sys.stderr,
         )
         return
+    from uncausal.encoder.inputs import check_finite
+
     texts = read(input, column, skip_empty=False)
     encoder = load(model, loading, int8)
     width = encoder.get_embedding_dimension() or 0
@@ -120,6 +122,7 @@ def encode(
         normalize_embeddings=normalize,
         show_progress_bar=shown,
     )
+    check_finite(vectors, texts)
     write_vectors(file, texts, vectors)
     print(f"{output}: {vectors.shape[0]} vectors of {vectors.shape[1]} numbers", file=sys.stderr)
 
@@ -186,6 +189,8 @@ def search(
     from uncausal.encoder.serving.index import is_index
 
     if is_index(target):
+        if column != "text":
+            raise ValueError(f"--column is for the texts of a file, and {target} is an index")
         results = search_index(target, rest, model, within, prompt, top_k, loading)
     else:
         for name, given in (("model", model), ("within", within)):
@@ -219,11 +224,15 @@ def search_file(
         raise ValueError(f"no index at {model}: `uncausal index DIR --out {model}` makes one; or {usage}")
     from sentence_transformers.util import semantic_search
 
+    from uncausal.encoder.inputs import check_finite
+
     corpus, *queries = rest
     texts = read(corpus, column)
     encoder = loading.load(model)
     vectors = encoder.encode_document(texts, convert_to_tensor=True, show_progress_bar=sys.stderr.isatty())
     asked = encoder.encode_query(queries, prompt=prompt, convert_to_tensor=True, show_progress_bar=False)
+    check_finite(vectors.float().cpu().numpy(), texts)
+    check_finite(asked.float().cpu().numpy(), queries)
     found = semantic_search(asked, vectors, top_k=top_k)
     return [
         {

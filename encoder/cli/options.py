@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from uncausal.encoder.model import Encoder
     from uncausal.encoder.serving.index import MadeWith
 
-Json = Annotated[bool, arg(name="json", help="print one JSON object and nothing else on standard output")]
+Json = Annotated[bool, arg(name="json", help="print JSON and nothing else on standard output")]
 
 
 @dataclass(frozen=True)

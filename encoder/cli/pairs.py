@@ -41,6 +41,10 @@ def code(
     if not path or not (path[1:] or environment):
         raise ValueError("give PATH ... OUT.jsonl, or --environment and OUT.jsonl")
     *paths, output = path
+    if exclude and not environment:
+        raise ValueError("--exclude is for --environment: name no PATH that is to be left out")
+    if "commit" in kinds and not paths:
+        raise ValueError("--kinds commit reads repositories: name them as PATH")
     check_rows_file(output)
     from uncausal.encoder.data.code import code_pairs, commit_pairs
     from uncausal.encoder.data.duplicates import NearDuplicates

@@ -27,7 +27,7 @@ def serve(
     api_key_file: Path | None = None,
     batch_tokens: int | None = None,
     max_waiting: int = 8192,
-    max_texts: int = 512,
+    max_texts: int = 2048,
     max_bytes: int = 2_000_000,
     max_waiting_bytes: int = 32_000_000,
     body_seconds: float = 30.0,

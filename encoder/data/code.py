@@ -82,9 +82,10 @@ def definitions(text: str) -> list[Definition]:
     except (ValueError, RecursionError, MemoryError) as error:  # null bytes, nesting
         raise SyntaxError(str(error)) from error
     lines = text.encode().split(b"\n")
-    found = [_definition(tree, "", lines)]
-    found += [_definition(node, name, lines) for node, name in _walk(tree, "")]
-    return found
+    try:
+        return [_definition(node, name, lines) for node, name in [(tree, ""), *_walk(tree, "")]]
+    except RecursionError as error:  # a chain of a thousand elif, which `ast` still takes
+        raise SyntaxError(str(error)) from error
 
 
 def _walk(node: Any, prefix: str) -> Iterator[tuple[Any, str]]:

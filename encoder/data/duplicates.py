@@ -40,7 +40,7 @@ class NearDuplicates:
 
     def _signature(self, text: str) -> np.ndarray:
         """Return 64 minima, uint32, of multiply-shift hashes of the text's shingles."""
-        tokens = [zlib.crc32(token) for token in _TOKEN.findall(text.encode())] or [0]
+        tokens = [zlib.crc32(token) for token in _TOKEN.findall(text.encode(errors="replace"))] or [0]
         hashes = np.array(tokens, dtype=np.uint64)
         width = min(self.shingle, len(tokens))
         shingles = np.lib.stride_tricks.sliding_window_view(hashes, width) @ self._powers[:width]

@@ -11,10 +11,10 @@ from uncausal.encoder.data.code import MAX_BYTES, MAX_LINE, Definition, decode, 
 SUFFIXES = (".py", ".md", ".markdown", ".rst", ".txt")
 MAX_PROSE = 1000  # characters of a passage of prose
 MAX_CODE = 4000  # and of code: a longer function is several passages
-VERSION = 1  # of the rules in this file; an index made by others is made again
+VERSION = 2  # of the rules in this file; an index made by others is made again
 
 _HEADING = re.compile(r"#{1,6}\s+(.+?)\s*#*$")
-_FENCE = re.compile(r"\s{0,3}(```|~~~)")
+_FENCE = re.compile(r"\s{0,3}(```[^`]*$|~~~)")  # code between backticks on one line opens none
 
 
 class Passage(NamedTuple):
@@ -53,10 +53,16 @@ def _code_passages(definition: Definition) -> Iterator[Passage]:
     """Yield what the docstring says before the code; of long code the header again before each piece."""
     said = summary(definition.doc)
     head = f"{said}\n" if said else ""
-    pieces = _pieces(definition.code.split("\n"), MAX_CODE)
+    pieces = list(_pieces(definition.code.split("\n"), MAX_CODE))
+    left = sum(map(len, pieces))
     for number, lines in enumerate(pieces):
         text = head + ("" if number == 0 else f"{definition.header}\n") + "\n".join(lines)
-        yield Passage(definition.line, definition.end_line, definition.name, text)
+        start, end = definition.line, definition.end_line
+        if definition.kind == "function":  # whose docstring alone is missing in the code, near its start
+            start = end - left + 1 if number else start
+            left -= len(lines)
+            end -= left
+        yield Passage(start, end, definition.name, text)
 
 
 def _prose_passages(lines: list[str], markdown: bool) -> Iterator[Passage]:
@@ -64,9 +70,9 @@ def _prose_passages(lines: list[str], markdown: bool) -> Iterator[Passage]:
     name, fenced, start, size, blank = "", False, 0, 0, False
 
     def passage(end: int) -> Iterator[Passage]:
-        text = "\n".join(lines[start:end]).strip("\n").rstrip()
+        first = next((i for i in range(start, end) if lines[i].strip()), end)
+        text = "\n".join(lines[first:end]).rstrip()
         if re.search(r"\w", text):
-            first = start + next(i for i, line in enumerate(lines[start:end]) if line.strip())
             yield Passage(first + 1, first + 1 + text.count("\n"), name, text)
 
     for number, line in enumerate(lines):

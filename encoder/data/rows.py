@@ -80,7 +80,7 @@ def is_plain(row: dict[str, Any]) -> bool:
 
 def text_field(row: dict[str, Any], name: str, where: str) -> str:
     """Return the text in a field of a row, or raise a DataError that starts with `where`."""
-    if is_plain(row):
+    if is_plain(row) and isinstance(row[""], str):
         return row[""]
     if name not in row:
         raise DataError(f"{where}: no field {name!r}; there is {', '.join(map(repr, row)) or 'none'}")
@@ -160,13 +160,15 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     import pyarrow
     import pyarrow.parquet
 
+    number = 0
     try:
-        number = 0
         with pyarrow.parquet.ParquetFile(path) as file:
             for batch in file.iter_batches():
                 for row in batch.to_pylist():
                     number += 1
                     yield f"{path}: row {number}", row
+    except (UnicodeDecodeError, OverflowError) as error:  # of a value, which Python has no form of
+        raise DataError(f"{path}: a row behind {number} is not readable ({error})") from None
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path}: not readable as Parquet ({error})") from None
 

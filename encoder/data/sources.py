@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import sysconfig
@@ -33,9 +34,28 @@ class SourceFile(NamedTuple):
     read: Callable[[], bytes]
 
 
-def walk_files(root: Path, suffixes: tuple[str, ...]) -> Iterator[Path]:
-    """Find files by suffix, in order, without hidden, built or installed folders; links are not followed."""
-    for folder, folders, files in os.walk(root):
+def walk_files(root: Path, suffixes: tuple[str, ...], unread: list[Path] | None = None) -> Iterator[Path]:
+    """Find files by suffix, in order, without hidden, built or installed folders; links are not followed.
+
+    Args:
+        root, suffixes: where, and of which.
+        unread: receives the folders that cannot be listed or entered.
+
+    Raises:
+        OSError: the root is one.
+    """
+
+    def failed(error: OSError) -> None:
+        if Path(error.filename) == root:
+            raise error
+        if unread is not None:
+            unread.append(Path(error.filename))
+
+    for folder, folders, files in os.walk(root, onerror=failed):
+        if not os.access(folder, os.X_OK):  # of which names are told, and no more
+            failed(PermissionError(errno.EACCES, os.strerror(errno.EACCES), folder))
+            folders.clear()
+            continue
         folders[:] = sorted(name for name in folders if _is_source_folder(Path(folder, name)))
         for file in (Path(folder, name) for name in sorted(files) if name.endswith(suffixes)):
             if file.is_file() and not file.is_symlink():  # no pipe either
@@ -58,12 +78,15 @@ def source_files(path: str | Path, skipped: Counter[str] | None = None) -> Itera
     path, skipped = Path(path), Counter() if skipped is None else skipped
     if path.is_dir():
         licence = folder_licence(path)
-        for file in walk_files(path, (".py",)):
+        unread: list[Path] = []
+        for file in walk_files(path, (".py",), unread):
             shown = file.relative_to(path)
             if _NOT_SOURCE.search(shown.as_posix()):
                 skipped["test or vendored"] += 1
             else:
                 yield SourceFile((path.name / shown).as_posix(), licence, file.read_bytes)
+        if unread:
+            skipped["unreadable"] += len(unread)
     elif not path.exists():
         raise FileNotFoundError(f"no such file or folder: {path}")
     elif path.suffix == ".py":
@@ -126,8 +149,8 @@ def _normal(name: str) -> str:
 
 def _is_source_folder(folder: Path) -> bool:
     name = folder.name
-    built = name in ("build", "dist") and not (folder / "__init__.py").exists()
-    environment = (folder / "pyvenv.cfg").exists()
+    built = name in ("build", "dist") and not os.path.exists(folder / "__init__.py")
+    environment = os.path.exists(folder / "pyvenv.cfg")  # False where one may not look
     return not (
         name.startswith(".") or name in _SKIPPED_FOLDERS or built or environment or folder.is_symlink()
     )

@@ -17,14 +17,13 @@ from uncausal.encoder.data.rows import DataError, is_plain, read_rows, text_fiel
 def read_texts(
     source: str | Path, column: str = "text", *, limit: int | None = None, skip_empty: bool = True
 ) -> Iterator[str]:
-    """Read texts one at a time, skipping blank ones.
+    """Read texts one at a time.
 
     Args:
         source: a file, a dataset's name, or "-" for stdin (text, or JSONL if the first line starts with "{").
         column: the field that holds the text, where the format has fields.
         limit: stop after so many texts.
-        skip_empty: leave out rows whose field is blank, or refuse them; blank lines of plain text are always
-            left out.
+        skip_empty: leave out blank lines and rows whose field is blank, or refuse them.
 
     Returns:
         The texts, in order.
@@ -41,7 +40,7 @@ def read_texts(
         if text.strip():
             count += 1
             yield text
-        elif not (skip_empty or is_plain(row)):
+        elif not skip_empty:
             raise DataError(
                 f"{where}: the text is empty, and there is no vector of nothing; leave the row out"
             )

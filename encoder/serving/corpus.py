@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from itertools import count, islice
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -31,7 +31,7 @@ from sentence_transformers import SentenceTransformer
 from tqdm.auto import tqdm
 
 import uncausal
-from uncausal.encoder.batching import iter_encode, release_memory
+from uncausal.encoder.batching import check_packed, iter_encode, release_memory
 from uncausal.encoder.data.rows import DataError, read_rows, text_field
 from uncausal.encoder.files import staged_file
 from uncausal.encoder.inputs import check_finite, check_unicode, own_prompt, tokenizer_state
@@ -69,8 +69,9 @@ class CorpusSettings:
             raise ValueError(f"rows_per_shard is {self.rows_per_shard}; it must be at least 1")
         if self.dtype not in ("float32", "float16", "int8"):
             raise ValueError(f"dtype is {self.dtype!r}; it must be float32, float16 or int8")
-        if self.dimension is not None and self.dimension < 1:
-            raise ValueError(f"dimension is {self.dimension}; it must be at least 1")
+        for name in ("dimension", "batch_tokens"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")
 
 
 class CorpusResult(NamedTuple):
@@ -138,12 +139,15 @@ def encode_corpus(
         raise ValueError(
             f"shard {turn}/{turns} does not exist: there are the shards 0/{turns} to {turns - 1}/{turns}"
         )
+    parts = cut_into_shards(rows, settings)
+    if not (first := list(islice(parts, 1))):  # what is wrong with the first rows leaves no manifest
+        close_corpus(output, [], 0)
     settings, made_by = open_corpus(encoder, output, settings)
     encoded = found = tokens = shards = total = 0
     digests: list[str] = []
     start = time.perf_counter()
     with tqdm(desc="Encoding", unit="text", disable=not show_progress_bar) as bar:
-        for number, batch in cut_into_shards(rows, settings):
+        for number, batch in chain(first, parts):
             if number % turns == turn:
                 if is_done(output, number, batch, made_by):
                     found += len(batch)
@@ -167,6 +171,7 @@ def open_corpus(
         The settings with the encoder's own prompt and dimension where they name none, as `encode` has them;
         and the manifest's digest, which every shard's note repeats: the folder may be begun anew meanwhile.
     """
+    check_packed(encoder)
     kept: Any = settings.dimension or encoder.truncate_dim
     settings = replace(settings, prompt=own_prompt(encoder, settings.prompt), dimension=kept)
     width = encoder.get_embedding_dimension() or 0

@@ -185,7 +185,7 @@ class _Bounded(HttpToolsProtocol):
             self._go_on_without_upgrade(data[upgrade.args[0] :])
         except HttpParserError:
             self._refuse("Invalid HTTP request received.")
-        if self.loose > MOST_HEAD and not self.transport.is_closing():
+        if self.loose > MOST_HEAD and not self.deaf and not self.transport.is_closing():
             if self.in_head:
                 status = b"HTTP/1.1 431 Request Header Fields Too Large\r\n"
                 self.transport.write(status + b"connection: close\r\ncontent-length: 0\r\n\r\n")

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from uncausal.encoder.data.passages import SUFFIXES, VERSION, Passage, passages
+from uncausal.encoder.data.passages import MAX_BYTES, SUFFIXES, VERSION, Passage, passages
 from uncausal.encoder.data.sources import walk_files
 from uncausal.encoder.inputs import check_finite
 from uncausal.encoder.loading import EncoderSpec
@@ -180,13 +180,19 @@ def _update(
 ) -> IndexReport:
     report = IndexReport()
     before = dict(database.execute("SELECT path, hash FROM files"))
-    found = [file.relative_to(folder).as_posix() for file in walk_files(folder, SUFFIXES)]
-    gone = before.keys() - set(found)
+    unread: list[Path] = []
+    found = [file.relative_to(folder).as_posix() for file in walk_files(folder, SUFFIXES, unread)]
+    hidden = tuple(f"{place.relative_to(folder).as_posix()}/" for place in unread)
+    gone = {name for name in before.keys() - set(found) if not name.startswith(hidden)}
+    if unread:
+        report.skipped["unreadable"] += len(unread)
     waiting: list[tuple[str, str, list[Passage]]] = []
     for done, name in enumerate(found, 1):
         try:
             if name.encode(errors="replace").decode() != name:
                 raise ValueError("name not UTF-8")
+            if (folder / name).stat().st_size > MAX_BYTES:
+                raise ValueError("too long")
             raw = (folder / name).read_bytes()
             digest = hashlib.sha256(raw).hexdigest()
             if before.get(name) == digest:

@@ -43,7 +43,7 @@ class EmbeddingsRequest(BaseModel):
 
     input: Input
     model: StrictStr | None = None
-    encoding_format: Literal["float", "base64"] = "float"
+    encoding_format: Literal["float", "base64"] | None = None
     dimensions: StrictInt | None = None
 
 
@@ -52,6 +52,7 @@ class EmbedRequest(BaseModel):
 
     inputs: Input
     truncate: StrictBool | None = None
+    truncation_direction: StrictStr | None = None
     normalize: StrictBool = True
     prompt_name: StrictStr | None = None
     dimensions: StrictInt | None = None
@@ -72,6 +73,7 @@ class TokenizeRequest(BaseModel):
     """text-embeddings-inference's."""
 
     inputs: StrictStr | Texts
+    add_special_tokens: StrictBool = True
 
 
 def cut_vectors(vectors: np.ndarray, dimensions: int | None, normalize: bool = False) -> np.ndarray:
@@ -123,6 +125,7 @@ def make_app(load: Callable[[], Any], name: str, limits: Limits | None = None) -
         where = ".".join(str(part) for part in first["loc"] if part != "body")
         return refusal_of(Refused(422, f"{where}: {first['msg']}" if where else first["msg"]))
 
+    @app.post("/embeddings")  # text-embeddings-inference's own name
     @app.post("/v1/embeddings")
     async def embeddings(body: EmbeddingsRequest, request: Request) -> Response:
         service.ready()
@@ -141,9 +144,13 @@ def make_app(load: Callable[[], Any], name: str, limits: Limits | None = None) -
         usage = {"prompt_tokens": encoded.tokens, "total_tokens": encoded.tokens}
         return answer({"object": "list", "data": data, "model": name, "usage": usage}, encoded)
 
+    @app.post("/")  # where Hugging Face's InferenceClient sends to
     @app.post("/embed")
     async def embed(body: EmbedRequest, request: Request) -> Response:
         service.ready()
+        side = service.encoder.tokenizer.truncation_side
+        if (body.truncation_direction or side).lower() != side:
+            raise Refused(422, f"texts are cut on the {side}, not on the {body.truncation_direction}")
         dimensions = service.checked_dimensions(body.dimensions)
         prompt = None
         if body.prompt_name is not None:
@@ -172,9 +179,10 @@ def make_app(load: Callable[[], Any], name: str, limits: Limits | None = None) -
             check_unicode(texts)
         except ValueError as error:
             raise Refused(422, str(error)) from None
-        if len(texts) > limits.max_texts:
-            raise Refused(413, f"{len(texts)} texts in a request; at most {limits.max_texts} are taken")
-        told = await service.in_tokenizer(len(texts), _tokens, service.encoder.tokenizer, texts)
+        if len(texts) > limits.most_texts:
+            raise Refused(413, f"{len(texts)} texts in a request; at most {limits.most_texts} are taken")
+        special = body.add_special_tokens
+        told = await service.in_tokenizer(len(texts), _tokens, service.encoder.tokenizer, texts, special)
         return Response(told, media_type="application/json")
 
     @app.get("/info")
@@ -189,7 +197,7 @@ def make_app(load: Callable[[], Any], name: str, limits: Limits | None = None) -
                 "dimensions": sorted(limits.dimensions),
                 "max_input_length": service.encoder.max_seq_length,
                 "max_batch_tokens": batcher.batch_tokens,
-                "max_client_batch_size": limits.max_texts,
+                "max_client_batch_size": limits.most_texts,
                 "auto_truncate": limits.auto_truncate,
                 "version": uncausal.__version__,
             }
@@ -213,11 +221,12 @@ def make_app(load: Callable[[], Any], name: str, limits: Limits | None = None) -
     return app
 
 
-def _tokens(tokenizer: Any, texts: Sequence[str]) -> bytes:
+def _tokens(tokenizer: Any, texts: Sequence[str], special_tokens: bool) -> bytes:
     """What /tokenize answers; it holds no event loop, and is bounded, as nothing is cut here."""
     if not tokenizer.is_fast:
         raise Refused(422, "this model's tokenizer does not tell where in the text its tokens are")
-    encoded = tokenizer(list(texts), return_offsets_mapping=True, return_special_tokens_mask=True)
+    told = {"return_offsets_mapping": True, "return_special_tokens_mask": True}
+    encoded = tokenizer(list(texts), add_special_tokens=special_tokens, **told)
     total = sum(map(len, encoded["input_ids"]))
     if total > MOST_TOKENS_TOLD:
         raise Refused(413, f"{total} tokens in a request; at most {MOST_TOKENS_TOLD} are told")

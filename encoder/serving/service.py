@@ -45,7 +45,7 @@ class Limits:
 
     batch_tokens: int | None = None
     max_waiting: int = 8192
-    max_texts: int = 512
+    max_texts: int = 2048
     max_bytes: int = 2_000_000
     max_waiting_bytes: int = 32_000_000
     body_seconds: float = 30.0
@@ -64,6 +64,11 @@ class Limits:
         if self.max_waiting_bytes < self.max_bytes:
             told = f"{self.max_waiting_bytes}; it must not be below max bytes, {self.max_bytes}"
             raise ValueError(f"max waiting bytes is {told}")
+
+    @property
+    def most_texts(self) -> int:
+        """In one request, all of which must find room in the queue."""
+        return min(self.max_texts, self.max_waiting)
 
     def check(self, encoder: Any, name: str) -> None:
         """Refuse, with ValueError, an encoder that cannot be served so."""
@@ -181,9 +186,8 @@ class Service:
         texts = [given] if isinstance(given, str) or given and isinstance(given[0], int) else given
         if not texts:
             raise Refused(400, "the input is empty")
-        most = min(self.limits.max_texts, self.limits.max_waiting)
-        if len(texts) > most:
-            raise Refused(413, f"{len(texts)} texts in a request; at most {most} are taken")
+        if len(texts) > self.limits.most_texts:
+            raise Refused(413, f"{len(texts)} texts in a request; at most {self.limits.most_texts} are taken")
         prompt = own_prompt(self.encoder, prompt)
         cut = self.limits.auto_truncate if truncate is None else truncate
         futures: list[Any] = []

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import platform
+import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, replace
@@ -29,7 +30,7 @@ from uncausal.encoder.training.ranks import only_run, process_state, together
 from uncausal.encoder.training.recipes import RECIPE, SELF, Recipe, Step, load_recipe
 from uncausal.encoder.training.run import train
 from uncausal.encoder.training.stages.base import Stage
-from uncausal.encoder.training.stages.distill import Distill, text_digest
+from uncausal.encoder.training.stages.distill import PARTS, Distill, text_digest
 from uncausal.encoder.whitening import LinearMap, Whitening, append_linear
 
 logger = logging.getLogger(__name__)
@@ -143,6 +144,8 @@ def settings_of(
     with together():
         if PartialState().is_main_process and not (resume and stage.wrote(file)):
             file.unlink(missing_ok=True)
+            for parts in [] if resume else folder.glob(f".{VECTORS}.*{PARTS}"):
+                shutil.rmtree(parts)
     return replace(stage, vectors=str(file))
 
 

@@ -3,8 +3,10 @@
 import hashlib
 import json
 import logging
+import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.losses.gradcache import CachedLossMixin
 from sklearn.linear_model import RidgeCV
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from uncausal.encoder.data.rows import DataError
 from uncausal.encoder.data.texts import read_texts
@@ -30,6 +33,7 @@ from uncausal.kernels.latent_pooling import kept_folds
 logger = logging.getLogger(__name__)
 
 FITTED = 4096  # texts that the map's start is fitted to
+CHUNK, PARTS = 1024, ".parts"  # texts whose vectors are written at a time, and where, until all are there
 
 
 @dataclass(kw_only=True)
@@ -122,11 +126,15 @@ class Distill(PairStage):
             if PartialState().is_main_process and not file.exists():
                 if self.teacher is None:
                     raise FileNotFoundError(f"no such file of vectors: {file}; name a teacher to write it")
-                vectors = self._taught(texts, device)
+                note = json.dumps({**self._teacher(), "texts": digest}).encode()
+                parts = file.with_name(f".{file.name}.{hashlib.sha256(note).hexdigest()[:16]}{PARTS}")
+                vectors = self._taught(texts, device, parts)
                 with staged_file(_note(file)) as out:  # first: vectors without a note would be anyone's
-                    out.write(json.dumps({**self._teacher(), "texts": digest}).encode())
+                    out.write(note)
                 with staged_file(file) as out:
                     np.save(out, vectors)
+                for parts in file.parent.glob(f".{escape(file.name)}.*{PARTS}"):
+                    shutil.rmtree(parts)
         try:
             vectors = np.load(file)
         except (ValueError, EOFError) as error:
@@ -168,18 +176,40 @@ class Distill(PairStage):
         named = self.teacher or []
         return [named] if isinstance(named, str) else list(named)
 
-    def _taught(self, texts: list[str], device: str) -> np.ndarray:
-        """The teacher's vectors as it gives them, or the unit vectors of several side by side; float32."""
-        parts = []
-        for name in self.teachers:
-            teacher, limit = load_model(name, device=device), self.teacher_max_length
-            if limit is not None:
-                teacher.max_seq_length = min(limit, teacher.max_seq_length or limit)
-            options: dict[str, Any] = {"prompt": self.teacher_prompt, "convert_to_numpy": True}
-            parts.append(teacher.encode(texts, show_progress_bar=True, **options).astype(np.float32))
-        if len(parts) == 1:
-            return parts[0]
-        return np.concatenate([part / np.linalg.norm(part, axis=1, keepdims=True) for part in parts], axis=1)
+    def _taught(self, texts: list[str], device: str, parts: Path | None = None) -> np.ndarray:
+        """The teacher's vectors as it gives them, or the unit vectors of several side by side; float32.
+
+        An interrupted call goes on with what it has written in the folder `parts`.
+        """
+        taught = []
+        with tqdm(total=len(texts) * len(self.teachers), desc="Teacher's vectors", unit="text") as bar:
+            for number, name in enumerate(self.teachers):
+                teacher, vectors = None, []
+                for start in range(0, len(texts), CHUNK):
+                    chunk = texts[start : start + CHUNK]
+                    part = parts and parts / f"{number}-{start}-{len(chunk)}.npy"
+                    if part is None or not part.exists():
+                        teacher = self._loaded(name, device) if teacher is None else teacher
+                        vectors.append(self._encoded(teacher, chunk))
+                        if part is not None:
+                            with staged_file(part) as out:
+                                np.save(out, vectors[-1])
+                    else:
+                        vectors.append(np.load(part))
+                    bar.update(len(chunk))
+                taught.append(np.concatenate(vectors))
+        if len(taught) == 1:
+            return taught[0]
+        return np.concatenate([each / np.linalg.norm(each, axis=1, keepdims=True) for each in taught], axis=1)
+
+    def _loaded(self, name: str, device: str) -> SentenceTransformer:
+        teacher, limit = load_model(name, device=device), self.teacher_max_length
+        if limit is not None:
+            teacher.max_seq_length = min(limit, teacher.max_seq_length or limit)
+        return teacher
+
+    def _encoded(self, teacher: SentenceTransformer, texts: list[str]) -> np.ndarray:
+        return teacher.encode(texts, prompt=self.teacher_prompt, convert_to_numpy=True).astype(np.float32)
 
     def make_loss(self, encoder: SentenceTransformer, dataset: Any = None) -> nn.Module:
         return UnitDistance(encoder, self.mini_batch_size if self.embeds_twice else None)
