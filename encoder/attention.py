@@ -52,7 +52,8 @@ class _Recent:
             if reference() is tensor:
                 if torch.equal(known, tensor) if isinstance(known, Tensor) else known == version:
                     return value
-        value = build(tensor)
+        with torch.inference_mode(False):  # a later call with gradients finds it too
+            value = build(tensor)
         kept = [entry for entry in self.entries if entry[0]() is not None and entry[0]() is not tensor]
         state = tensor.clone() if version is None else version
         self.entries = [(weakref.ref(tensor), state, value), *kept[: self.size - 1]]

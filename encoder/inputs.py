@@ -257,7 +257,7 @@ class PackedTransformer(Transformer):
                     skipped[i] = max(skipped[i] - (len(ids[i]) - limit), min(skipped[i], len(head)))
                 ids[i] = [*head, *ids[i][len(ids[i]) - limit + len(head) :]]
             else:
-                ids[i] = [*ids[i][: limit - len(tail)], *tail]
+                ids[i] = [*ids[i][: max(limit - len(tail), 0)], *tail]
         return long
 
     def prompt_joins_text(self, prompt: str) -> bool:

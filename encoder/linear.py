@@ -51,7 +51,8 @@ class OneDNNLinear(nn.Linear):
         plain = x.dtype != torch.float32 or weight.dtype != x.dtype or x.device.type != "cpu" or not x.numel()
         if plain or x.dim() < 2 or torch.is_autocast_enabled("cpu"):
             return F.linear(x, weight, bias)
-        if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        trained = (x, weight) if bias is None else (x, weight, bias)
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in trained):
             return _OneDNNLinear.apply(x, weight, bias)  # type: ignore[return-value]
         return _product(x, weight, bias)
 

@@ -39,6 +39,9 @@ def _torch_arguments(q, k, cu_seqlens_q, cu_seqlens_k, seed, options: Options, d
     heads = k.shape[1]
     direct = direct and q.device.type == "cpu" and options.plain
     cu_q, cu_k = tuple(cu_seqlens_q.tolist()), tuple(cu_seqlens_k.tolist())
+    for name, offsets, rows in (("cu_seqlens_q", cu_q, len(q)), ("cu_seqlens_k", cu_k, len(k))):
+        if offsets[0] != 0 or offsets[-1] != rows:  # that they rise, the plan has looked at
+            raise ValueError(f"{name} must rise from 0 to {rows}, got {list(offsets)}")
     compiled = (
         q.device.type == "cpu"
         and q.dtype in (torch.float32, torch.bfloat16)
@@ -174,16 +177,17 @@ def flash_attn_varlen_func(
         q: (T, H, D) packed queries, fp16, bf16 or fp32 (fp64 on the torch backend); autocast casts q, k, v.
         k: (Tk, HK, D) packed keys; H is a multiple of HK.
         v: (Tk, HK, DV) packed values; a width other than D is padded.
-        cu_seqlens_q, cu_seqlens_k: (B + 1,) int32 offsets of the sequences, from 0 to T and Tk. On a GPU what
-            follows from them is kept while the tensor stays: where one is filled again without torch
-            (collectives, own kernels, `.data`), pass `layout=PackedLayout.from_cu_seqlens(...)`.
+        cu_seqlens_q, cu_seqlens_k: (B + 1,) int32 offsets of the sequences, contiguous, from 0 to T and Tk;
+            the torch path checks that. On a GPU what follows from them is kept while the tensor stays: where
+            one is filled again without torch (collectives, own kernels, `.data`), pass
+            `layout=PackedLayout.from_cu_seqlens(...)`.
         max_seqlen_q, max_seqlen_k: the greatest lengths, which choose tiles; nothing needs them.
         dropout_p: probability of dropping a score after softmax, rounded to a multiple of 2^-16.
-        softmax_scale: D ** -0.5 when None.
+        softmax_scale: above 0; D ** -0.5 when None.
         causal: the window (window_size[0], 0).
         window_size: (left, right) keys visible around the diagonal, -1 for all; where a sequence has other
             lengths of queries and keys, its last query faces its last key.
-        softcap: cap of the scores, softcap * tanh(score / softcap); 0 for none.
+        softcap: cap of the scores, softcap * tanh(score / softcap); 0 or less for none.
         alibi_slopes: (H,) or (B, H); slope * distance to the query's place among the keys is taken from a
             score. On the torch path alone, whose memory is then quadratic in the longest sequence.
         block_table: not supported.
@@ -215,6 +219,9 @@ def flash_attn_varlen_func(
     left, right = (-1 if w is None or w < 0 else int(w) for w in window_size)
     right = 0 if causal else right
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
+    if not scale > 0:  # what is masked is -inf before it is scaled
+        raise ValueError(f"softmax_scale must be above 0, got {softmax_scale}")
+    softcap = max(float(softcap), 0.0)
     seed = _dropout_seed(dropout_p, dropout_seed, q.device)
     width = v.shape[2]
     if width != q.shape[2]:  # zeros change no score, and the columns they add to out are cut off
@@ -225,11 +232,11 @@ def flash_attn_varlen_func(
     if alibi_slopes is not None:
         if backend == "triton":
             raise NotImplementedError("alibi_slopes is not supported by backend='triton', use 'torch'")
-        scores = Options(scale, left, right, float(softcap), float(dropout_p), seed=0)
+        scores = Options(scale, left, right, softcap, float(dropout_p), seed=0)
         out, lse = _attention_with_alibi(q, k, v, cu_seqlens_q, cu_seqlens_k, seed, alibi_slopes, scores)
         out = out[..., :width]
         return (out, lse, None) if return_attn_probs else out
-    options = Options(scale, left, right, float(softcap), float(dropout_p), seed=0)
+    options = Options(scale, left, right, softcap, float(dropout_p), seed=0)
     maps = TileMaps()
     needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     if backend == "triton":
@@ -273,6 +280,11 @@ def flash_attn_func(
             f"q, k, v must be (B, L, H, D), got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
         )
     batch = q.shape[0]
+    if not len(k) == len(v) == batch or k.shape[1] != v.shape[1]:
+        raise ValueError(
+            "q, k, v must be of one batch, and k and v of one length, "
+            f"got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
+        )
     layout_q, layout_k = (PackedLayout.recalled_shape(batch, x.shape[1], x) for x in (q, k))
     out, lse, _ = flash_attn_varlen_func(
         q.flatten(0, 1),
@@ -294,8 +306,8 @@ def flash_attn_func(
         dropout_seed=dropout_seed,
         backend=backend,
     )
-    out = out.unflatten(0, (batch, -1))
-    return (out, lse.unflatten(1, (batch, -1)).transpose(0, 1), None) if return_attn_probs else out
+    out = out.unflatten(0, q.shape[:2])
+    return (out, lse.unflatten(1, q.shape[:2]).transpose(0, 1), None) if return_attn_probs else out
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -376,8 +388,9 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seq
     if not (q.dtype == k.dtype == v.dtype) or not q.is_floating_point():
         raise ValueError(f"q, k, v must share a floating point dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
     for name, cu in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
-        if cu.dim() != 1 or cu.dtype != torch.int32 or cu.shape[0] == 0:
-            raise ValueError(f"{name} must be (B + 1,) int32, got {tuple(cu.shape)} {cu.dtype}")
+        if cu.dim() != 1 or cu.dtype != torch.int32 or cu.shape[0] == 0 or not cu.is_contiguous():
+            strides = "" if cu.is_contiguous() else ", not contiguous"
+            raise ValueError(f"{name} must be (B + 1,) int32, got {tuple(cu.shape)} {cu.dtype}{strides}")
     if cu_seqlens_q.shape != cu_seqlens_k.shape:
         raise ValueError(
             f"cu_seqlens of queries and keys differ in length: {len(cu_seqlens_q)} and {len(cu_seqlens_k)}"

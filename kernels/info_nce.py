@@ -27,6 +27,7 @@ from uncausal.kernels.cpu.info_nce_torch import (
     Pairs,
     acc_dtype,
     as_temperature,
+    scaled_gradients,
     sum_and_gradients,
 )
 from uncausal.kernels.info_nce_ranks import gather_rows, ring_rows, rows_per_rank, sum_over_ranks
@@ -73,17 +74,15 @@ def _(q, k, hard, temperature, row_ids, col_ids, offset, margin):
 
 def _sum_setup_context(ctx, inputs, output):
     _, *grads = output
-    ctx.dtypes = [x.dtype for x in inputs[:4]]
     ctx.mark_non_differentiable(*grads)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*grads)
+    ctx.save_for_backward(*grads, *inputs[:4])
 
 
 def _sum_backward(ctx, grad, *_):
     if grad is None:
         return (None,) * 8
-    grads = [(grad * g).to(dtype) for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)]
-    return *grads, None, None, None, None
+    return *scaled_gradients(grad, ctx.saved_tensors[:4], ctx.saved_tensors[4:]), None, None, None, None
 
 
 _info_nce_sum.register_autograd(_sum_backward, setup_context=_sum_setup_context)
@@ -372,6 +371,7 @@ def info_nce(
 def _in_batch(q, k, hard, temperature, ids, margin, symmetric, sizes, group, exchange, form, reduce):
     """Loss per local query, or their sum where reduce allows it; sizes are the ranks' rows of q and of k."""
     b = len(q)
+    ids = None if ids is None else ids.contiguous()  # kernels know no stride of theirs
     row_ids = None if ids is None else ids[:b]
     if group is None:
         return _one_rank(q, k, hard, temperature, row_ids, ids, 0, margin, symmetric, form, reduce)

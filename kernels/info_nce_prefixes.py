@@ -132,16 +132,15 @@ def _(q, k, temperature, row_ids, col_ids, dims, weights):
 
 def _setup_context(ctx, inputs, output):
     _, *grads = output
-    ctx.dtypes = [x.dtype for x in inputs[:3]]
     ctx.mark_non_differentiable(*grads)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*grads)
+    ctx.save_for_backward(*grads, *inputs[:3])
 
 
 def _backward(ctx, grad, *_):
     if grad is None:
         return (None,) * 7
-    grads = [(grad * g).to(dtype) for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)]
+    grads = chunked.scaled_gradients(grad, ctx.saved_tensors[:3], ctx.saved_tensors[3:])
     return *grads, None, None, None, None
 
 

@@ -91,7 +91,8 @@ def latent_attention_pool(
 
     Source: NV-Embed (arXiv 2405.17428), section 3.2.
     """
-    weights = _mean_weights(hidden_states, cu_seqlens, token_weights, validate)
+    cu_seqlens = cu_seqlens.contiguous()  # kernels know no stride of it
+    weights, void = _mean_weights(hidden_states, cu_seqlens, token_weights, validate)
     backend = _resolve(backend, hidden_states)
     p = _cast(parameters, hidden_states.dtype)
     if p.score is None or p.value is None:
@@ -102,12 +103,17 @@ def latent_attention_pool(
         if p.up is None:
             x = hidden_states.contiguous()
             args = (p.score, p.value, p.up_bias, weights, cu_seqlens, p.num_heads, p.gated, backend)
-            return _down(latent_plain_pool(x, *args), p).to(hidden_states.dtype)
+            return _blank(_down(latent_plain_pool(x, *args), p).to(hidden_states.dtype), void)
         gain, shift = p.norms[:2] if p.norms else (None, None)
         probs = latent_softmax(hidden_states.contiguous(), gain, shift, p.score, p.num_heads, backend)
         # A library product with its addition beats a kernel of ours: nothing around it is left to fuse.
         x = _linear(probs, p.value, hidden_states if p.residual else None)
-        return _mlp_mean(x, cu_seqlens, p, weights, backend)
+        return _blank(_mlp_mean(x, cu_seqlens, p, weights, backend), void)
+
+
+def _blank(out: Tensor, void: Tensor | None) -> Tensor:
+    """NaN for a sequence without a token, where nothing has refused it: its sum is a bias, and plausible."""
+    return out if void is None else out.masked_fill(void[:, None], torch.nan)
 
 
 def _mlp_mean(x: Tensor, cu_seqlens: Tensor, p: FoldedLatents, weights: Tensor, backend: str) -> Tensor:
@@ -152,8 +158,11 @@ def _cast(p: FoldedLatents, dtype: torch.dtype) -> FoldedLatents:
 
 def _mean_weights(
     hidden_states: Tensor, cu_seqlens: Tensor, token_weights: Tensor | None, validate: bool | None
-) -> Tensor:
-    """Weights (T,) that sum to one over each sequence, in the accumulation dtype."""
+) -> tuple[Tensor, Tensor | None]:
+    """Weights (T,) that sum to one over each sequence, in the accumulation dtype; which have none, (B,).
+
+    None where that was checked.
+    """
     tokens = hidden_states.shape[0]
     if hidden_states.dim() != 2 or cu_seqlens.dim() != 1 or cu_seqlens.device != hidden_states.device:
         shapes = f"{tuple(hidden_states.shape)} and {tuple(cu_seqlens.shape)} on {cu_seqlens.device}"
@@ -173,7 +182,8 @@ def _mean_weights(
     validate = hidden_states.device.type == "cpu" if validate is None else validate
     if validate and not torch.compiler.is_compiling():
         _check_sequences(cu_seqlens, tokens, weights, total)
-    return weights / total[ids]
+        return weights / total[ids], None
+    return weights / total[ids], total <= 0
 
 
 def _check_sequences(cu_seqlens: Tensor, tokens: int, weights: Tensor, total: Tensor) -> None:
@@ -194,6 +204,7 @@ class LatentAttentionPooling(nn.Module):
     keeps the result: `freeze()` and `eval()` freeze, `train()` and a call that records gradients for the
     parameters thaw. What writes into a frozen layer's parameters is noticed (`load_state_dict`, `.to()`,
     `copy_`), but for fused optimisers and writing through `parameter.data`: call `freeze()` again after them.
+    A compiled call notices none of it.
 
     Args:
         hidden_size: d.
@@ -305,10 +316,12 @@ class LatentAttentionPooling(nn.Module):
             else:
                 folded = self.fold(hidden_states.dtype, hidden_states.shape[0])
         if folded.score is None:
-            weights = _mean_weights(hidden_states, cu_seqlens, token_weights, None)
+            cu_seqlens = cu_seqlens.contiguous()
+            weights, void = _mean_weights(hidden_states, cu_seqlens, token_weights, None)
             backend = _resolve(self.backend, hidden_states)
             with torch.autocast(device_type, enabled=False):
-                return _mlp_mean(self._attend(hidden_states), cu_seqlens, folded, weights, backend)
+                out = _mlp_mean(self._attend(hidden_states), cu_seqlens, folded, weights, backend)
+                return _blank(out, void)
         options = {"token_weights": token_weights, "backend": self.backend}
         return latent_attention_pool(hidden_states, cu_seqlens, folded, **options)
 

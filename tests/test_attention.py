@@ -112,7 +112,7 @@ def test_flash_attn_varlen_func_cpu_low_precision(dtype, mode):
 @pytest.mark.parametrize("dim", [5, 16])
 def test_cpu_kernel_takes_tensors_as_they_lie(dim):
     """Heads before tokens, as a model's projections leave them, and elements of a row that lie apart."""
-    q, k, v, cu, _ = make(([9, 20], [9, 20]), 4, 2, dim, torch.float32)
+    q, k, v, cu, _ = make(([9, 20, 300], [9, 20, 300]), 4, 2, dim, torch.float32)
     expected = gradients(flash_attn_varlen_func, q, k, v, cu, cu, return_attn_probs=True)
     for order in ((1, 0, 2), (2, 0, 1)):
         inverse = [order.index(i) for i in range(3)]
@@ -360,6 +360,39 @@ def test_unsupported_arguments_are_named():
         flash_attn_varlen_func(q, k, v, cu.long(), cu.long())
     with pytest.raises(ValueError, match="backend"):
         flash_attn_varlen_func(q, k, v, cu, cu, backend="cuda")
+    with pytest.raises(ValueError, match=r"softmax_scale must be above 0, got 0\.0"):
+        flash_attn_varlen_func(q, k, v, cu, cu, softmax_scale=0.0)
+    with pytest.raises(ValueError, match="int32, got .* not contiguous"):
+        flash_attn_varlen_func(q, k, v, torch.stack([cu, cu + 9], 1)[:, 0], cu)
+
+
+@pytest.mark.parametrize("bad", [[0, 200], [0, 3], [1, 4], [0, 6, 4], [0, 4, 2, 4]], ids=str)
+def test_offsets_beyond_the_tensors_are_refused(bad):
+    """Regression: the compiled kernel read and wrote past the end of the tensors."""
+    q, k, v, cu, _ = make(([4], [4]), 2, 1, 8, torch.float32)
+    cu = torch.cat([cu, cu.new_full((len(bad) - 2,), 4)])
+    bad = torch.tensor(bad, dtype=torch.int32)
+    for offsets in ((bad, cu), (cu, bad)):
+        with pytest.raises(ValueError, match=r"must rise(, got| from 0 to 4, got) \["):
+            flash_attn_varlen_func(q, k, v, *offsets)
+
+
+def test_dense_batches_that_do_not_fit_are_refused():
+    """Regression: keys of fewer sequences were read, and their gradients written, past the end."""
+    q, k = torch.randn(2, 8, 4, 16), torch.randn(2, 8, 4, 16)
+    for keys, values in ((k[:1], k[:1]), (k[:1], k), (k, k[:, :7]), (k.repeat(2, 1, 1, 1),) * 2):
+        with pytest.raises(ValueError, match="must be of one batch, and k and v of one length"):
+            flash_attn_func(q, keys, values)
+    out, lse, _ = flash_attn_func(q[:0], k[:0], k[:0], return_attn_probs=True)
+    assert out.shape == (0, 8, 4, 16) and lse.shape == (0, 4, 8)
+
+
+@pytest.mark.usefixtures("compiled")
+def test_a_negative_softcap_is_none():
+    q, k, v, cu, _ = make(([9, 20], [9, 20]), 4, 2, 16, torch.float32)
+    assert torch.equal(
+        flash_attn_varlen_func(q, k, v, cu, cu, softcap=-1.0), flash_attn_varlen_func(q, k, v, cu, cu)
+    )
 
 
 def test_opcheck():

@@ -378,6 +378,20 @@ def test_layout_follows_a_buffer_filled_again_under_inference_mode(how):
     assert not torch.allclose(first, second)
 
 
+@pytest.mark.parametrize("how", ["cu_seqlens", "position_ids"])
+def test_training_finds_the_layout_of_a_call_without_gradients(how):
+    """Regression: made under inference mode, it could not be saved for backward."""
+    model = make_bidirectional(tiny_model("llama", "uncausal"))
+    inputs = packed_inputs(4, 8)
+    if how == "position_ids":
+        inputs = {name: inputs[name] for name in ("input_ids", "position_ids", "use_cache")}
+    with torch.inference_mode():
+        expected = model(**inputs).last_hidden_state
+    out = model(**inputs).last_hidden_state
+    assert torch.equal(out, expected)
+    out.sum().backward()
+
+
 def test_layout_is_built_once_under_inference_mode(monkeypatch):
     built = []
     from_lengths = PackedLayout.from_lengths

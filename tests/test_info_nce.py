@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import math
 import os
 import subprocess
 import sys
@@ -385,6 +386,44 @@ def test_rejects(change, error, message):
     arguments = dict(query=torch.zeros(3, 4), key=torch.zeros(3, 4)) | change
     with pytest.raises(error, match=message):
         info_nce(arguments.pop("query"), arguments.pop("key"), **arguments)
+
+
+@pytest.mark.parametrize(
+    "loss", [info_nce, partial(info_nce_prefixes, dims=[4, 8])], ids=["whole", "prefixes"]
+)
+def test_a_second_derivative_is_refused(loss):
+    """Regression: it was that of normalising the inputs alone, without a word."""
+    q, k = torch.randn(2, 5, 8).requires_grad_()
+    [first] = torch.autograd.grad(loss(q, k), q, create_graph=True)
+    assert torch.equal(first, torch.autograd.grad(loss(q, k), q)[0])
+    with pytest.raises(NotImplementedError, match="no second derivative"):
+        first.square().sum().backward()
+
+
+def test_ids_may_lie_apart(monkeypatch):
+    """A kernel is given their address and no stride."""
+    seen, real = [], module._one_rank
+
+    def watched(q, k, hard, temperature, row_ids, col_ids, *rest):
+        seen.append((row_ids.is_contiguous(), col_ids.is_contiguous()))
+        return real(q, k, hard, temperature, row_ids, col_ids, *rest)
+
+    monkeypatch.setattr(module, "_one_rank", watched)
+    info_nce(torch.randn(3, 4), torch.randn(5, 4), ids=torch.arange(10).view(5, 2)[:, 0])
+    assert seen == [(True, True)]
+
+
+def test_triton_without_keys_or_queries():
+    """Regression: a rank of a ring that had none divided by zero. No kernel is launched."""
+    from uncausal.kernels.gpu import info_nce_triton
+
+    negatives = info_nce_torch.Negatives(None, None, 0, None)
+    for queries, keys in ((4, 0), (0, 4), (0, 0)):
+        q, k, one = torch.randn(queries, 8), torch.randn(keys, 8), torch.ones(queries)
+        lse, other = info_nce_triton.sweep_lse(q, k, torch.tensor(1.0), negatives, False)
+        assert lse.tolist() == [-math.inf] * queries and other is None
+        grads = info_nce_triton.sweep_gradients(q, k, torch.tensor(1.0), negatives, one, lse, None)
+        assert [g.tolist() for g in grads] == [[[0.0] * 8] * queries, [[0.0] * 8] * keys, [0.0] * queries]
 
 
 # ---- prefixes

@@ -359,6 +359,13 @@ def test_limit_without_room_for_the_text_is_refused(tiny_llama, pooling, limit, 
         encoder.encode(["hello world"])
 
 
+def test_limit_below_what_stands_behind_the_text_is_refused(tiny_llama):
+    """Regression: such a text became longer than it was."""
+    encoder = load(tiny_llama, pooling="last_token", template="{text} said", max_seq_length=1)
+    with pytest.raises(ValueError, match="no token of 'hello world' is left to pool"):
+        encoder.encode(["hello world"])
+
+
 @pytest.mark.parametrize("attention", ["uncausal", "sdpa"])
 @pytest.mark.parametrize("prompt", [None, "Query: "])
 def test_half_a_surrogate_pair_is_named(tiny_llama, attention, prompt):

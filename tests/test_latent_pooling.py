@@ -351,6 +351,7 @@ def test_validation_can_be_asked_for_and_left_out():
             latent_attention_pool(hidden, empty, folded, validate=validate)
     out = latent_attention_pool(hidden, empty, folded, validate=False)
     torch.testing.assert_close(out[[0, 2]], layer(hidden, cu_seqlens))
+    assert out[1].isnan().all()  # regression: it was a bias, the same for every empty text
 
 
 def test_the_layer_does_not_wait_for_a_device(monkeypatch):

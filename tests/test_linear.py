@@ -37,6 +37,15 @@ def test_one_dnn_linear(shape, bias):
     torch.testing.assert_close(list(got[1:]), list(expected), rtol=1e-5, atol=1e-5)
 
 
+def test_a_bias_is_trained_alone():
+    """Regression: it had no gradient where neither the input nor the weight asked for one."""
+    layer = nn.Linear(33, 17)
+    use_onednn(layer)
+    layer.weight.requires_grad_(False)
+    layer(torch.randn(7, 33)).sum().backward()
+    assert layer.bias.grad is not None and torch.equal(layer.bias.grad, torch.full((17,), 7.0))
+
+
 @pytest.mark.parametrize("shape", [(7, 33), (2, 5, 33)], ids=str)
 def test_one_dnn_is_what_multiplies(shape):
     """The result does not show it: torch's own product passed every test. Forward and the input's gradient

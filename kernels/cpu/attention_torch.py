@@ -103,8 +103,14 @@ def plan_batch(
     compiled: bool,
     device: torch.device,
 ) -> Plan:
-    """Sort the sequences of a batch; every layer finds the same plan again."""
+    """Sort the sequences of a batch; every layer finds the same plan again.
+
+    Raises:
+        ValueError: offsets that fall.
+    """
     sizes_q, sizes_k = ([b - a for a, b in zip(cu, cu[1:], strict=False)] for cu in (cu_q, cu_k))
+    if min((*sizes_q, *sizes_k), default=0) < 0:
+        raise ValueError(f"cu_seqlens must rise, got {list(cu_q)} and {list(cu_k)}")
     if compiled:
         alone = [i for i, n in enumerate(sizes_q) if direct and n >= COMPILED_LENGTH and sizes_k[i]]
         sequences = sorted(set(range(len(sizes_q))) - set(alone), key=lambda i: -sizes_q[i] * sizes_k[i])
@@ -246,11 +252,17 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, opts: Options
     return out, lse.t().contiguous()
 
 
+def _dense(x: Tensor) -> Tensor:
+    """Torch's kernel takes the last dimension's elements for neighbours, and asks nobody."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def _forward_direct(q, k, v, out, lse, plan: Plan, opts: Options) -> None:
     """Write out (T, H, D) and lse (T, H) of the plan's direct sequences, with torch's own kernel."""
     attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-    qs, outs, lses = (_query_heads(x, plan).split(plan.sizes_q, 2) for x in (q.to(lse.dtype), out, lse))
-    ks, vs = (_key_heads(x.to(lse.dtype), plan).split(plan.sizes_k, 2) for x in (k, v))
+    q, k, v = (_dense(x.to(lse.dtype)) for x in (q, k, v))
+    qs, outs, lses = (_query_heads(x, plan).split(plan.sizes_q, 2) for x in (q, out, lse))
+    ks, vs = (_key_heads(x, plan).split(plan.sizes_k, 2) for x in (k, v))
     for i in plan.direct:
         result, stat = attend(qs[i], ks[i], vs[i], scale=opts.scale)
         outs[i].copy_(result)
@@ -315,8 +327,9 @@ def attention_backward(
 def _backward_direct(dout, q, k, v, out, lse, dq, dk, dv, plan: Plan, opts: Options) -> None:
     """Write the gradients of the plan's direct sequences, with torch's own kernel."""
     attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
-    qs, outs, douts = (_query_heads(x.to(lse.dtype), plan).split(plan.sizes_q, 2) for x in (q, out, dout))
-    ks, vs = (_key_heads(x.to(lse.dtype), plan).split(plan.sizes_k, 2) for x in (k, v))
+    q, out, dout, k, v = (_dense(x.to(lse.dtype)) for x in (q, out, dout, k, v))
+    qs, outs, douts = (_query_heads(x, plan).split(plan.sizes_q, 2) for x in (q, out, dout))
+    ks, vs = (_key_heads(x, plan).split(plan.sizes_k, 2) for x in (k, v))
     lses = lse.unflatten(0, (plan.heads, plan.group)).split(plan.sizes_q, 2)
     dqs = _query_heads(dq, plan).split(plan.sizes_q, 2)
     dks, dvs = (x.transpose(0, 1).split(plan.sizes_k, 1) for x in (dk, dv))  # [HK, keys, D]

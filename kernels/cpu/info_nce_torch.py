@@ -10,7 +10,7 @@ Legend: B queries, M keys, K hard negatives, D dimensions; key offset + i is the
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -241,3 +241,23 @@ def sweep_gradients(
         torch.mm(z, k, out=dq[rows])
         dk.addmm_(z.T, qs[rows])
     return dq, dk, mass
+
+
+class _FirstOrder(torch.autograd.Function):
+    """grad times what forward kept: a constant for autograd, which would take the second derivative for 0."""
+
+    @staticmethod
+    def forward(ctx, grad, *tensors):
+        count = len(tensors) // 2
+        return tuple((grad * g).to(x.dtype) for g, x in zip(tensors[:count], tensors[count:], strict=True))
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise NotImplementedError("info_nce has no second derivative")
+
+
+def scaled_gradients(grad: Tensor, kept: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Return the gradients that forward kept for its inputs times grad (), in the dtypes of the inputs."""
+    if torch.is_grad_enabled():  # a graph of backward was asked for
+        return _FirstOrder.apply(grad, *kept, *inputs)  # pyright: ignore[reportReturnType]
+    return tuple((grad * g).to(x.dtype) for g, x in zip(kept, inputs, strict=True))

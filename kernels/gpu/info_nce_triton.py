@@ -307,6 +307,9 @@ def sweep_lse(
     q: Tensor, k: Tensor, temperature: Tensor, negatives: Negatives, symmetric: bool
 ) -> tuple[Tensor, Tensor | None]:
     """As `info_nce_torch.sweep_lse`; q (B, D) and k (M, D) in bf16, fp16 or fp32."""
+    if len(q) == 0 or len(k) == 0:  # as a rank of a ring may have none
+        lse = torch.full((len(q),), -math.inf, dtype=torch.float32, device=q.device)
+        return lse, lse if symmetric else None
     q, k = _rows_contiguous(q), _rows_contiguous(k)
     scale = _LOG2E / temperature
     limit = None if negatives.limit is None else negatives.limit * _LOG2E
@@ -329,11 +332,11 @@ def sweep_gradients(
     col_total: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `info_nce_torch.sweep_gradients`; q (B, D) and k (M, D) in bf16, fp16 or fp32."""
+    if len(q) == 0 or len(k) == 0:
+        return tuple(weight.new_zeros(shape) for shape in (q.shape, k.shape, len(q)))
     q, k = _rows_contiguous(q), _rows_contiguous(k)
     scale = _LOG2E / temperature
     offset, m = negatives.offset, len(k)
-    if len(q) == 0:
-        return weight.new_zeros(q.shape), weight.new_zeros(k.shape), weight
     # Weights of at most 1, or 2**14 in fp16, whose smallest normal number a probability often undercuts.
     top = weight.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
     if q.dtype == torch.float16:
