@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -70,7 +70,9 @@ def load_adapter(backbone: Any, path: str | Path, *, headless: bool = True) -> N
     """Merge a saved adapter into a headless backbone, in place; the rest is as in `check_adapter`."""
     prefix = check_adapter(backbone, path, headless=headless)
     mapping = {f"^{re.escape(prefix)}": ""} if prefix else None
-    merge_lora(PeftModel.from_pretrained(backbone, str(path), key_mapping=mapping))
+    config = PeftConfig.from_pretrained(str(path))
+    config.task_type = None  # peft's class for causal models asks for a head's methods
+    merge_lora(PeftModel.from_pretrained(backbone, str(path), config=config, key_mapping=mapping))
 
 
 def merge_attached(backbone: Any) -> bool:

@@ -79,6 +79,7 @@ def iter_encode(
     transformer: Any = encoder[0]
     device = device or encoder.device
     budget = batch_tokens or (1024 if device.type == "cpu" else 16384)
+    alone = alone_beyond(transformer.model.config)
     windows = [slice(start, start + WINDOW) for start in range(0, len(texts), WINDOW)]
 
     def tokenize(window: slice) -> TokenizedTexts:
@@ -91,7 +92,7 @@ def iter_encode(
         for number in range(len(windows)):
             ids, skipped, cut = pending.pop().result()
             pending += [ahead.submit(tokenize, window) for window in windows[number + 1 :][:1]]
-            for batch in token_batches([len(row) for row in ids], budget, batch_size):
+            for batch in token_batches([len(row) for row in ids], budget, batch_size, alone):
                 prompts = None if skipped is None else [skipped[i] for i in batch]
                 features = transformer.collate([ids[i] for i in batch], prompts)
                 vectors = encoder(batch_to_device(features, device))["sentence_embedding"]
@@ -100,15 +101,31 @@ def iter_encode(
                 cut = 0
 
 
-def token_batches(lengths: Sequence[int], budget: int, size: int | None = None) -> list[list[int]]:
+def alone_beyond(config: Any) -> int | None:
+    """The length beyond which a text has to stand alone, as all of a batch turn with its longest, or None.
+
+    So do LongRoPE and dynamic RoPE beyond the length that the model first knew.
+    """
+    config = config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = rope.values() if rope and all(isinstance(kind, dict) for kind in rope.values()) else [rope]
+    varying = [kind for kind in kinds if kind.get("rope_type") in ("longrope", "dynamic")]
+    known = "original_max_position_embeddings"
+    return min((kind.get(known) or config.max_position_embeddings for kind in varying), default=None)
+
+
+def token_batches(
+    lengths: Sequence[int], budget: int, size: int | None = None, alone: int | None = None
+) -> list[list[int]]:
     """Group indices, longest first, into batches of at most `budget` tokens and `size` texts.
 
-    A text longer than the budget stands alone.
+    A text longer than the budget, or than `alone`, stands alone.
     """
     batches: list[list[int]] = []
     room = -1
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if lengths[index] > room or len(batches[-1]) == size:
+        apart = batches and alone is not None and lengths[batches[-1][0]] > alone
+        if apart or lengths[index] > room or len(batches[-1]) == size:
             batches.append([])
             room = budget
         batches[-1].append(index)

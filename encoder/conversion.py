@@ -70,8 +70,9 @@ def make_bidirectional(model: nn.Module) -> nn.Module:
         The same model.
 
     Raises:
-        NotBidirectionalError: the model is an encoder-decoder.
+        NotBidirectionalError: the model is an encoder-decoder, or has ALiBi.
     """
+    _refuse_alibi(model)
     return _set_causal(model, False)
 
 
@@ -92,6 +93,14 @@ def _set_causal(model: nn.Module, is_causal: bool) -> nn.Module:
         if config is not None:
             config.is_causal = is_causal
     return model
+
+
+def _refuse_alibi(model: nn.Module) -> None:
+    """Refuse a penalty on distance that is a key's place alone: without a mask it favours what comes last."""
+    config: Any = find_decoder(model)[1].config
+    own = getattr(config, "alibi", config.model_type == "bloom")
+    if own or getattr(getattr(config, "attn_config", None), "alibi", False):
+        raise NotBidirectionalError("ALiBi is right under a causal mask alone: bidirectional=False")
 
 
 def _named_layers(model: nn.Module) -> dict[str, nn.Module]:

@@ -127,6 +127,7 @@ def held(folder: Path) -> Iterator[None]:
         raise
     finally:
         if lock is not None:
+            fcntl.flock(lock, fcntl.LOCK_UN)  # which processes that were forked meanwhile hold too
             os.close(lock)
 
 

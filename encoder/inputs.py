@@ -169,6 +169,7 @@ class PackedTransformer(Transformer):
         Raises:
             ValueError: a text is empty, or nothing is left to pool once the prompt is excluded.
         """
+        inputs = [plain_text(text) for text in inputs]
         if not all(isinstance(text, str) for text in inputs):
             return super().preprocess(inputs, prompt=prompt, **kwargs)  # type: ignore[arg-type]
         check_not_empty(inputs)
@@ -343,6 +344,11 @@ def chat_template(tokenizer: Any) -> str:
 def find_empty(texts: Sequence[Any]) -> list[int]:
     """Return the indices of the texts that have nothing to encode."""
     return [index for index, text in enumerate(texts) if isinstance(text, str) and not text.strip()]
+
+
+def plain_text(given: Any) -> Any:
+    """The text of {"text": ...}, which is the library's other form of one; anything else as it is."""
+    return given["text"] if isinstance(given, dict) and given.keys() == {"text"} else given
 
 
 def check_not_empty(texts: Sequence[Any]) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f", "final_norm")
+FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f", "final_norm", "layer_norm")
 
 
 def find_decoder(model: nn.Module) -> tuple[PreTrainedModel, PreTrainedModel]:
@@ -46,4 +46,5 @@ def final_norm(model: nn.Module) -> nn.Module:
     """Return the norm that follows the last layer, or the identity where the model has none."""
     layers: Any = decoder_layers(model)
     owner = next((m for m in model.modules() if any(c is layers for c in m.children())), model)
-    return next((getattr(owner, name) for name in FINAL_NORMS if hasattr(owner, name)), nn.Identity())
+    norms = (getattr(owner, name, None) for name in FINAL_NORMS)
+    return next((norm for norm in norms if norm is not None), nn.Identity())

@@ -188,7 +188,10 @@ def load_model(source: str | Path, **options: Any) -> SentenceTransformer:
     kept = None if dtype == "auto" else {"dtype": dtype}
     model = SentenceTransformer(str(source), device=options.pop("device", None), model_kwargs=kept)
     if limit is not None:
-        model.max_seq_length = min(limit, model.max_seq_length or limit)
+        try:
+            model.max_seq_length = min(limit, model.max_seq_length or limit)
+        except AttributeError:  # static embeddings have no limit to set
+            options["max_seq_length"] = limit
     if unused := [name for name, value in options.items() if value not in (None, "auto")]:
         logger.warning("%s is no decoder, and is loaded without %s", source, ", ".join(unused))
     return model
@@ -325,7 +328,7 @@ def ensure_pad_token(tokenizer: Any) -> None:
 
 
 def check_vocabulary(tokenizer: Any, model: Any) -> None:
-    """Refuse a tokenizer whose tokens have no embedding; a pad token has no need of one where none is padded.
+    """Refuse a tokenizer whose tokens have no embedding; for such a pad token it takes another.
 
     Raises:
         ValueError: the tokenizer is another model's, or has tokens that were added since.
@@ -334,7 +337,9 @@ def check_vocabulary(tokenizer: Any, model: Any) -> None:
     if len(tokenizer) <= rows:
         return
     beyond = {token: id for token, id in tokenizer.get_vocab().items() if id >= rows}
-    beyond.pop(tokenizer.pad_token, None)
+    if beyond.pop(tokenizer.pad_token, None) is not None:  # as Llama's fine-tuned have it
+        tokenizer.pad_token = None
+        ensure_pad_token(tokenizer)
     for token, id in beyond.items():
         raise ValueError(
             f"the tokenizer is not the model's: its token {token!r} is number {id}, and the model has {rows} "

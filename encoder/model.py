@@ -7,6 +7,7 @@ else, prompts, evaluators, multi-process encoding, the trainer, the hub, is sent
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import os
@@ -34,6 +35,7 @@ from uncausal.encoder.inputs import (
     chat_template,
     check_not_empty,
     find_empty,
+    plain_text,
     spell_control_tokens,
 )
 from uncausal.encoder.layers import decoder_layers
@@ -64,6 +66,8 @@ from uncausal.encoder.whitening import LinearMap, Whitening, append_linear
 logger = logging.getLogger(__name__)
 
 TEXT_ONLY: Any = {"text": {"method": "forward", "method_output_name": "last_hidden_state"}}
+# Families whose layers do not read `is_causal` from the configuration (bench/FAMILIES.md).
+CAUSAL_ELSEWHERE = ("stablelm", "nemotron")
 LIBRARY_BATCH_SIZE = 32  # sentence-transformers' default, which nobody asked for
 OF_AN_EARLIER_SAVE = (  # weights, what only some tokenizers have, the folders of modules ("1_Pooling")
     r"(model|pytorch_model|adapter_model)\b.*\.(safetensors|bin)(\.index\.json)?|adapter_config\.json"
@@ -328,6 +332,7 @@ class Encoder(SentenceTransformer):
         """Replace the pooling. Prompt tokens are never pooled; "last_token" ends texts with an end token."""
         made = make_pooling(pooling, self.transformer.get_embedding_dimension()).to(self.device)
         by_last, before = pooling == "last_token", self.pooling
+        self._model_card_text = None
         if before == "sif":
             del self[1]
         self[1] = made
@@ -367,6 +372,7 @@ class Encoder(SentenceTransformer):
     def prune(self, num_layers: int) -> None:
         """Keep the first `num_layers` decoder layers (L3Prune's manual mode)."""
         prune_layers(self.backbone, num_layers)
+        self._model_card_text = None
 
     def whiten(self, texts: Sequence[str], **settings: Any) -> None:
         """Append the whitening of these texts' vectors (arXiv 2103.15316), `Whitening(**settings)`.
@@ -378,6 +384,7 @@ class Encoder(SentenceTransformer):
             ValueError: fewer texts than the vectors have dimensions, or an empty one.
         """
         whitening, modules = Whitening(**settings), self._modules.copy()
+        self._model_card_text = None  # that of what it was
         ended = getattr(self.transformer, "ended", None)
         try:
             whitening.weigh(self, texts)
@@ -433,6 +440,7 @@ class Encoder(SentenceTransformer):
             batch_size: texts a batch at most. The library's default, 32, cannot be told from no wish and
                 sets no limit on packed batches.
         """
+        inputs = [plain_text(text) for text in inputs]
         if on_empty not in ("raise", "zero", "skip"):
             raise ValueError(f"on_empty is 'raise', 'zero' or 'skip', got {on_empty!r}")
         empty = set(find_empty(inputs))
@@ -508,7 +516,11 @@ class Encoder(SentenceTransformer):
         """
         if self._quantized:
             raise ValueError("int8 weights are not saved: save before quantize(), and quantize when serving")
-        self.merge()  # an adapter saved alone would come back causal
+        if getattr(self.backbone, "_hf_peft_config_loaded", False):  # training may go on with it
+            merged = copy.deepcopy(self)
+            merged.merge()  # an adapter saved alone would come back causal
+            merged.save(path, model_name, *args, **kwargs)
+            return
         with staged(Path(path), outdated=OF_AN_EARLIER_SAVE) as staging:
             super().save(str(staging), model_name, *args, **kwargs)
             modules = json.loads((staging / "modules.json").read_text())
@@ -524,7 +536,14 @@ class Encoder(SentenceTransformer):
         self._warn_of_plain_reload()
 
     def _warn_of_plain_reload(self) -> None:
-        """Say where plain sentence-transformers pools other tokens than this package."""
+        """Say where plain sentence-transformers attends otherwise than this package, or pools others."""
+        config: Any = self.backbone.config
+        if config.model_type in CAUSAL_ELSEWHERE and not getattr(config, "is_causal", True):
+            logger.warning(
+                "loaded by plain sentence-transformers, %s attends causally where nothing is padded: its "
+                "layers do not read is_causal; load it with this package",
+                config.model_type,
+            )
         weighed = self.pooling == "sif"
         if weighed and self.dtype != torch.float32:
             logger.warning(

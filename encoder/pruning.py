@@ -202,19 +202,29 @@ def prune_layers(model: nn.Module, num_layers: int) -> nn.Module:
     Every per-layer list of the configuration (`layer_types`, ...) is cut as well, or it could not be saved.
 
     Raises:
-        ValueError: `num_layers` is not between 1 and the model's depth.
+        ValueError: `num_layers` is not between 1 and the model's depth, or the model has more to a layer than
+            its place in the list.
     """
     layers = decoder_layers(model)
     depth = len(layers)
     if not 1 <= num_layers <= depth:
         raise ValueError(f"cannot keep {num_layers} layers: the model has {depth}")
-    del layers[num_layers:]
     config: Any = model.config
     config = config.get_text_config()
+    if getattr(config, "hidden_size_per_layer_input", None) and num_layers < depth:
+        raise ValueError(
+            f"{type(model).__name__} has embeddings of every layer in one matrix, which is not cut: it "
+            "cannot be pruned"
+        )
+    del layers[num_layers:]
     names: dict[str, Any] = {config.attribute_map.get("num_hidden_layers", "num_hidden_layers"): num_layers}
     for name, value in vars(config).items():
         if isinstance(value, list) and len(value) == depth:
             names[name] = value[:num_layers]
+    if "attention_types" in vars(config):  # GPT-Neo counts kinds of layers by repeated groups
+        names["attention_types"] = [[names.get("attention_layers", config.attention_layers), 1]]
+    if "scale_depth" in vars(config):  # MiniCPM3 divides it by the root of the depth, once, when it is built
+        names["scale_depth"] = config.scale_depth * math.sqrt(num_layers / depth)
     for name, value in names.items():
         setattr(config, name, value)
     return model

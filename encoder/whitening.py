@@ -105,10 +105,11 @@ class Whitening:
 
 @contextmanager
 def unnormalized(encoder: SentenceTransformer) -> Iterator[None]:
-    """Without the normalisation at the encoder's end, where it has one: what a map put before it gets."""
+    """The whole vectors without the normalisation at the encoder's end: what a map put before it gets."""
     last = encoder.pop(-1) if isinstance(encoder[-1], Normalize) else None
     try:
-        yield
+        with encoder.truncate_embeddings(None):
+            yield
     finally:
         if last is not None:
             encoder.append(last)

@@ -54,6 +54,17 @@ def test_batches_fill_in_arrival_order_and_drop_who_left():
     assert [batch.tokens for batch in batches] == [2, 2, 9, 1]
 
 
+def test_what_must_run_alone_does():
+    model, batches = Held(), []
+    batcher = Batcher(model, batch_tokens=99, max_waiting=9, alone=2, watch=batches.append)  # type: ignore[arg-type]
+    batcher.submit([[1]])
+    wait_for(lambda: batcher.waiting == 0)
+    batcher.submit([[2], [3] * 2, [4] * 3, [5], [6] * 4, [7] * 5])
+    model.go.set()
+    batcher.close()
+    assert [batch.tokens for batch in batches] == [1, 3, 3, 1, 4, 5]
+
+
 def test_full_queue_takes_all_of_a_request_or_none():
     model = Held()
     batcher = Batcher(model, batch_tokens=1, max_waiting=2)  # type: ignore[arg-type]

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from transformers import LlamaConfig
 
 from uncausal.encoder import batching
-from uncausal.encoder.batching import iter_encode, token_batches
+from uncausal.encoder.batching import alone_beyond, iter_encode, token_batches
 from uncausal.encoder.model import Encoder
 from uncausal.encoder.whitening import LinearMap, append_linear
 
@@ -60,6 +61,25 @@ def test_token_batches_respect_the_budget():
     assert sorted(i for batch in batches for i in batch) == list(range(6))
     assert all(sum(lengths[i] for i in batch) <= 10 or len(batch) == 1 for batch in batches)
     assert len(batches) == 4
+
+
+@pytest.mark.parametrize(
+    ("rope", "limit"),
+    [
+        ({"rope_type": "default", "rope_theta": 1e4}, None),
+        ({"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}, 2048),
+        ({"rope_type": "longrope", "original_max_position_embeddings": 99, "rope_theta": 1e4}, 99),
+    ],
+)
+def test_texts_beyond_a_varying_rope_stand_alone(rope, limit):
+    """Regression: one long text turned the positions of all short ones beside it."""
+    config = LlamaConfig()
+    config.rope_parameters = rope
+    assert alone_beyond(config) == limit
+    lengths = [3, 120, 99, 100, 1]
+    batches = token_batches(lengths, 1000, alone=99)
+    assert [sorted(lengths[i] for i in batch) for batch in batches] == [[120], [100], [1, 3, 99]]
+    assert token_batches(lengths, 1000) == [[1, 3, 2, 0, 4]]
 
 
 def test_token_batches_respect_the_size():

@@ -226,6 +226,10 @@ def test_read_pairs_takes_what_it_returned():
     found = read_pairs({"two": classes, "three": [*classes, *({**row, "label": "c"} for row in classes[:2])]})
     again = read_pairs(found)
     assert again.keys() == found.keys() and all(again[name] is found[name] for name in found)
+    plain = read_pairs([("a", "b"), ("c", "d")])
+    swapped = plain.rename_columns({"anchor": "positive", "positive": "anchor"})
+    assert read_pairs(swapped).to_dict() == {"anchor": ["b", "d"], "positive": ["a", "c"]}
+    assert read_pairs(swapped).column_names == ["anchor", "positive"]
     with pytest.raises(DataError, match="the field 'label' is 0 or 1"):  # one's own are read as ever
         read_pairs([{**ROW, "label": n} for n in (0, 1)])
 

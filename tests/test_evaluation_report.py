@@ -99,8 +99,9 @@ def test_load_model_leaves_other_models_to_the_library(tmp_path, caplog):
     assert model.encode("a").shape == (4,)
     load_model(tmp_path, device="cpu", attention="auto", dtype="auto")
     assert not caplog.records
-    load_model(tmp_path, device="cpu", num_layers=2, bidirectional=False)
-    assert "is no decoder, and is loaded without num_layers, bidirectional" in caplog.text
+    load_model(tmp_path, device="cpu", num_layers=2, bidirectional=False, max_seq_length=9)
+    told = "num_layers, bidirectional, max_seq_length"  # static embeddings have no limit
+    assert f"is no decoder, and is loaded without {told}" in caplog.text
 
 
 def test_other_models_take_dtype_and_length(tmp_path):

@@ -1,5 +1,7 @@
 """Each kind of task on planted vectors whose score is known by hand, and against the library's evaluators."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -217,6 +219,23 @@ def test_a_default_prompt_is_not_for_documents(instruct, asked):
     model.default_prompt_name = "query"
     encode_once(model, [asymmetric()], instruct)
     assert dict(model.calls) == {asked: ["zero"], "": ["ten", "zero"]}
+
+
+def test_a_default_prompt_of_documents_stays_theirs():
+    model = Planted(ANGLES, {"query": "query: ", "passage": "passage: "})
+    model.default_prompt_name = "passage"
+    encode_once(model, [asymmetric()])
+    assert dict(model.calls) == {"query: ": ["zero"], None: ["ten", "zero"]}
+
+
+def test_what_is_not_finite_or_has_no_correlation_has_no_score():
+    """Regression: NaN in the table, and in what a program would read as JSON."""
+    pairs = [ScoredPair("zero", "ten", 1.0), ScoredPair("zero", "zero", 1.0)]
+    with pytest.raises(ValueError, match="s: there is no correlation"):
+        evaluate_models({"m": Planted(ANGLES)}, [STS(name="s", family="f", parts={"": pairs})], resamples=2)
+    broken = Planted({**ANGLES, "ten": [math.nan, 1.0]})
+    with pytest.raises(ValueError, match="the vector of 'ten' is not finite"):
+        encode_once(broken, [asymmetric()])
 
 
 def test_intervals_hold_the_score_and_pair_the_models(random_model):

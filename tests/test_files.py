@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from contextlib import ExitStack
 
 import pytest
@@ -89,6 +90,20 @@ def test_a_folder_is_held_by_one_process_until_that_ends(tmp_path):
         pass
     with held(run):
         pass
+
+
+def test_a_forked_process_does_not_keep_a_folder(tmp_path):
+    """Regression: workers of a failed run held it against the next."""
+    with pytest.raises(KeyError), held(tmp_path):
+        child = os.fork()
+        if not child:
+            time.sleep(20)
+            os._exit(0)
+        raise KeyError
+    with held(tmp_path):
+        pass
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
 
 
 def test_what_fails_leaves_no_empty_folder(tmp_path):

@@ -133,7 +133,7 @@ def test_passages_of_markdown():
 
 
 def test_code_on_one_line_opens_no_fence():
-    text = "# A\n\n```pip install x```\n\n## B\n\nText.\n\n```sh\n# no heading\n```\n"
+    text = "# A\n\n```pip install x```\n\n## B\n\nText.\n\n````sh\n# no heading\n````\n"
     assert [(p.name, p.line, p.end_line) for p in passages("a.md", text.encode())] == [
         ("A", 1, 3),
         ("B", 5, 11),

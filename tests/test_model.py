@@ -306,6 +306,29 @@ def test_model_card_names_the_model(tiny_llama, tmp_path):
         assert "someone/encoder" in card and "sentence_transformers_model_id" not in card
 
 
+def test_a_changed_encoder_has_a_card_of_its_own(tiny_llama, tmp_path):
+    """Regression: what was loaded, changed and saved kept the card of what it had been."""
+    Encoder.from_pretrained(tiny_llama, dtype="float32", device="cpu").save(tmp_path / "first")
+    width = Encoder(str(tmp_path / "first"), device="cpu").get_embedding_dimension()
+    texts = [f"{a} {b}" for a in "hello world quick brown fox lazy dog plants".split() for b in "abcdefghijk"]
+    for name, change in (("map", lambda e: e.whiten(texts, dim=8)), ("depth", lambda e: e.prune(1))):
+        encoder = Encoder(str(tmp_path / "first"), device="cpu")
+        change(encoder)
+        encoder.save(tmp_path / name)
+    first, mapped, pruned = ((tmp_path / n / "README.md").read_text() for n in ("first", "map", "depth"))
+    assert f"{width} dimensions" in first and "8 dimensions" in mapped and mapped != first != pruned
+
+
+@pytest.mark.parametrize("prompt", [None, "Query: "])
+def test_a_text_in_a_dict_is_the_text(tiny_llama, prompt):
+    """Regression: its template and prompt were pooled, and an empty one encoded."""
+    encoder = Encoder.from_pretrained(tiny_llama, dtype="float32", device="cpu", template="chat")
+    expected = encoder.encode(["hello world"], prompt=prompt)
+    assert np.array_equal(encoder.encode([{"text": "hello world"}], prompt=prompt), expected)
+    with pytest.raises(ValueError, match="text 0 is empty"):
+        encoder.encode([{"text": " "}])
+
+
 def test_unwritable_folder_is_an_error(encoder, tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(OSError):

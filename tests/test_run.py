@@ -16,6 +16,7 @@ from uncausal import Encoder
 from uncausal.encoder import adapters
 from uncausal.encoder.files import held
 from uncausal.encoder.training import progress
+from uncausal.encoder.training.lora import EXTRA_FILE
 from uncausal.encoder.training.progress import StopOnSignal, TrainingInterrupted
 from uncausal.encoder.training.run import train
 from uncausal.encoder.training.stages.contrastive import Contrastive
@@ -367,6 +368,21 @@ def test_a_loss_with_weights_of_its_own_goes_on_with_them(checkpoint, tmp_path):
     assert losses(found[0]) == losses(found[1])
     whole, before, resumed = made
     assert torch.equal(whole.weight, resumed.weight) and not torch.equal(before.weight, resumed.weight)
+
+
+def test_a_model_that_guides_a_loss_is_not_saved(checkpoint, tmp_path):
+    class Guided(torch.nn.Module):
+        def __init__(self, encoder):
+            super().__init__()
+            self.encoder, self.guide, self.scale = encoder, guide, torch.nn.Parameter(torch.ones(()))
+
+        def forward(self, features, labels):
+            return self.scale * self.encoder(dict(features[0]))["sentence_embedding"].square().mean()
+
+    guide = load(checkpoint)
+    stage = Contrastive(max_steps=2, batch_size=8, **{**FAST, "save_steps": 1})
+    train(load(checkpoint), stage, PAIRS[:16], tmp_path, loss=Guided, progress=False)
+    assert list(load_file(tmp_path / "checkpoint-2" / EXTRA_FILE)) == ["loss.scale"]
 
 
 def test_what_half_precision_rounds_away_of_whole_weights_is_told(checkpoint, tmp_path, caplog):

@@ -3,6 +3,7 @@
 import gzip
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -265,3 +266,8 @@ def test_page_and_plots_are_written_beside_the_file(found, tmp_path, monkeypatch
     assert (tmp_path / "STUDY.md").read_text() == render(found)
     for name in ("study_pooling.png", "study_depth.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG") and name in render(found)
+
+
+def test_the_page_is_what_its_file_says():
+    folder = Path(study.__file__).parent.parent
+    assert (folder / "STUDY.md").read_text() == render(json.loads((folder / "study.json").read_text()))

@@ -290,6 +290,17 @@ def test_tokens_are_weighed_before_the_map_is_fitted(checkpoint, tmp_path):
     assert ending.pooling == "last_token" and np.array_equal(ending.encode(TEXTS[:9]), before)
 
 
+def test_a_truncated_encoder_is_whitened_whole(checkpoint, tmp_path):
+    """Regression: the map was fitted to the cut vectors, and got whole ones."""
+    encoder = load(checkpoint)
+    encoder.whiten(TEXTS)
+    cut = load(checkpoint)
+    cut.truncate_dim = 8
+    cut.whiten(TEXTS)
+    assert cut.encode("the cat").shape == (8,)
+    np.testing.assert_array_equal(cut.encode(TEXTS, truncate_dim=32), encoder.encode(TEXTS))
+
+
 def test_what_cannot_be_is_told(checkpoint, tmp_path):
     with pytest.raises(ValueError, match="needs at least as many texts; there are 9"):
         load(checkpoint).whiten(TEXTS[:9])

@@ -181,7 +181,7 @@ def cells(depth: int, depths: Sequence[int]) -> dict[str, Cell]:
         name = f"causal-{number}"
         found[f"{name}.weighted_mean"] = Cell(groups, name, before, pooling="weighted_mean")
         found[f"pruned-{number}"] = Cell("B", f"pruned-{number}", after)
-    return found | rest(causal)
+    return found | {name: cell for name, cell in rest(causal).items() if name not in found}
 
 
 def rest(causal: str) -> dict[str, Cell]:

@@ -33,7 +33,7 @@ PAIR_NAMES = (
 NEGATIVE = re.compile(r"negative(?:_(\d+))?")
 TEXT, LABEL, INSTRUCTION = "text", "label", "instruction"
 NEGATIVE_LABELS = "negative_labels"
-READ_WITH = "read_with"  # attribute of a Dataset that `read_pairs` returned: its options
+READ_WITH = "read_with"  # attribute of a Dataset that `read_pairs` returned: its options, its columns
 
 
 @dataclass(kw_only=True)
@@ -185,7 +185,8 @@ def text_columns(dataset: Dataset) -> list[str]:
 
 def _read_sets(source: Any, options: PairOptions, prefix: str = "") -> dict[Any, Dataset]:
     """Read one source into a Dataset a task; the key is None where rows have no task."""
-    if isinstance(source, Dataset) and options.agree_with(getattr(source, READ_WITH, None)):
+    read, names = getattr(source, READ_WITH, (None, None))
+    if isinstance(source, Dataset) and source.column_names == names and options.agree_with(read):
         return {None: source}
     if isinstance(source, DatasetDict):
         raise DataError(f"{prefix}a DatasetDict inside a set: give its parts as sets of their own")
@@ -363,7 +364,7 @@ def _dataset(pairs: list[Pair], options: PairOptions) -> Dataset:
     if any(pair.instruction is not None for pair in pairs):
         columns[INSTRUCTION] = [pair.instruction or "" for pair in pairs]
     dataset = Dataset.from_dict(columns)
-    setattr(dataset, READ_WITH, options)
+    setattr(dataset, READ_WITH, (options, dataset.column_names))  # which a renaming keeps
     return dataset
 
 

@@ -14,7 +14,7 @@ MAX_CODE = 4000  # and of code: a longer function is several passages
 VERSION = 2  # of the rules in this file; an index made by others is made again
 
 _HEADING = re.compile(r"#{1,6}\s+(.+?)\s*#*$")
-_FENCE = re.compile(r"\s{0,3}(```[^`]*$|~~~)")  # code between backticks on one line opens none
+_FENCE = re.compile(r"\s{0,3}(`{3,}[^`]*$|~~~)")  # code between backticks on one line opens none
 
 
 class Passage(NamedTuple):

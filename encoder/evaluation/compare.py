@@ -21,6 +21,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 from uncausal.encoder.evaluation.tasks import DOCUMENT, QUERY, Measurement, Task, Vectors
+from uncausal.encoder.inputs import check_finite
 from uncausal.encoder.loading import load_model
 
 INSTRUCT = "Instruct: {instruction}\nQuery: "
@@ -207,13 +208,20 @@ def encode_once(
         vectors: Any = model.encode(list(texts), prompt=prompt, convert_to_tensor=True, **encode_options)
         parts.append(vectors.float().cpu())
     seconds = time.perf_counter() - start
+    for texts, vectors in zip(groups.values(), parts, strict=True):
+        check_finite(vectors.numpy(), list(texts))
     keys = [(prompt, text) for prompt, texts in groups.items() for text in texts]
     return EncodedTexts(torch.cat(parts), {key: row for row, key in enumerate(keys)}, seconds, prompts)
 
 
+def no_prompt(model: SentenceTransformer) -> str | None:
+    """What `encode` is given for a text that has no prompt: None asks for the model's default one."""
+    return "" if model.default_prompt_name == QUERY else None
+
+
 def _prompts(model: SentenceTransformer, task: Task, instruct: str | None) -> dict[str, str | None]:
     """The prompt of each side: the instruction before queries, or the model's own if the sides differ."""
-    none = None if model.default_prompt_name is None else ""  # `None` asks for the default
+    none = no_prompt(model)
     if instruct is not None:
         return {QUERY: instruct.format(instruction=task.instruction), DOCUMENT: none}
     if DOCUMENT not in task.texts():

@@ -24,6 +24,7 @@ from mteb.results import ModelResult
 from mteb.types import PromptType
 from sentence_transformers import SentenceTransformer
 
+from uncausal.encoder.evaluation.compare import no_prompt
 from uncausal.encoder.evaluation.sts import ScoredPair
 from uncausal.encoder.evaluation.tasks import (
     QUERY,
@@ -69,7 +70,7 @@ class InstructedEncoder(SentenceTransformerEncoderWrapper):
             return super().encode(inputs, **where, prompt_type=prompt_type, **kwargs)
         texts = [text for batch in inputs for text in batch["text"]]
         if prompt_type == PromptType.document:
-            return self.model.encode(texts, **kwargs)
+            return self.model.encode(texts, prompt=no_prompt(self.model), **kwargs)
         instruction = self.get_instruction(task_metadata, prompt_type)
         return self.model.encode(texts, prompt=self.instruct.format(instruction=instruction), **kwargs)
 

@@ -88,6 +88,10 @@ class STS(Task):
                 correlations.append(correlation)
             return 100 * float(np.mean(correlations))
 
+        if not np.isfinite(score(np.arange(len(pairs)))):
+            raise ValueError(
+                f"{self.name}: there is no correlation, as all scores or all cosines are the same"
+            )
         return Measurement(len(pairs), score)
 
 

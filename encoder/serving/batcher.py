@@ -7,6 +7,7 @@ budget, runs them packed, and answers each on its own. Who has left (a cancelled
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 import time
 from collections import deque
@@ -54,6 +55,7 @@ class Batcher:
     Args:
         encoder: an `Encoder` that is packed.
         batch_tokens: tokens a batch at most; a longer text runs alone.
+        alone: the length beyond which a text runs alone in any case (`batching.alone_beyond`).
         max_waiting: texts in the queue at most.
         watch: called with every `Batch`, in the model's thread.
     """
@@ -64,10 +66,12 @@ class Batcher:
         *,
         batch_tokens: int,
         max_waiting: int,
+        alone: int | None = None,
         watch: Callable[[Batch], None] = lambda batch: None,
     ):
         self.encoder: Any = encoder.eval()
         self.batch_tokens, self.max_waiting, self.watch = batch_tokens, max_waiting, watch
+        self.alone = sys.maxsize if alone is None else alone
         self.jobs: deque[Job] = deque()
         self.changed = threading.Condition()
         self.closing = False
@@ -133,11 +137,11 @@ class Batcher:
                 self.changed.wait()
             taken: list[Job] = []
             room = self.batch_tokens
-            while self.jobs and (not taken or len(self.jobs[0].ids) <= room):
+            while self.jobs and (not taken or len(self.jobs[0].ids) <= min(room, self.alone)):
                 job = self.jobs.popleft()
                 if job.future.set_running_or_notify_cancel():
                     taken.append(job)
-                    room -= len(job.ids)
+                    room = room - len(job.ids) if len(job.ids) <= self.alone else 0
             return taken
 
     def _work(self) -> None:

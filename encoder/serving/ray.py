@@ -129,7 +129,9 @@ class Worker:
         self.output, self.failure = output, []
         try:
             self.encoder = load()
-            self.opened = open_corpus(self.encoder, output, settings)
+            self.settings = settings
+            # a manifest is written with the first rows, and not for an input that cannot be read
+            self.opened = open_corpus(self.encoder, output, settings) if digest_of_manifest(output) else None
         except Exception as error:
             self.failure = _failure(error)
 
@@ -139,6 +141,7 @@ class Worker:
         failure, tokens = self.failure or list(batch["failure"][0]), 0
         if rows and not failure:
             try:
+                self.opened = self.opened or open_corpus(self.encoder, self.output, self.settings)
                 tokens = encode_shard(self.encoder, rows, self.output, int(batch["number"][0]), *self.opened)
             except Exception as error:
                 failure = _failure(error)

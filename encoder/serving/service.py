@@ -19,6 +19,7 @@ import numpy as np
 from fastapi import Request
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from uncausal.encoder.batching import alone_beyond
 from uncausal.encoder.inputs import own_prompt
 from uncausal.encoder.serving.batcher import Batch, Batcher, ClosedError, QueueFullError
 
@@ -145,9 +146,9 @@ class Service:
             self.limits.check(encoder, self.name)
             budget = self.limits.batch_tokens or (1024 if encoder.device.type == "cpu" else 16384)
             self.encoder = encoder
-            self.batcher = Batcher(
-                encoder, batch_tokens=budget, max_waiting=self.limits.max_waiting, watch=self._watch
-            )
+            alone = alone_beyond(encoder.backbone.config)
+            bounds: Any = {"batch_tokens": budget, "max_waiting": self.limits.max_waiting, "alone": alone}
+            self.batcher = Batcher(encoder, **bounds, watch=self._watch)
         except Exception as error:  # told by /health until someone stops the server
             logger.exception("could not load %s", self.name)
             self.failure = error

@@ -6,7 +6,7 @@ import logging
 import os
 import platform
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
@@ -23,6 +23,7 @@ from uncausal.encoder.data.local import VARIABLE
 from uncausal.encoder.data.pairs import read_pairs, text_columns
 from uncausal.encoder.data.rows import named
 from uncausal.encoder.files import staged, staged_file
+from uncausal.encoder.loading import local_path
 from uncausal.encoder.model import Encoder
 from uncausal.encoder.pruning import Choice, Depths, Pruning
 from uncausal.encoder.training.checkpoints import FINAL, RECORD, describe_encoder
@@ -78,6 +79,7 @@ def run_recipe(
     """
     steps, stages = recipe.with_data(data, data_dir), Path(output) / "stages"
     name = str(model or recipe.model)
+    check_teachers(steps, stages)
     with torch.random.fork_rng():  # new weights, as latent pooling's, are the same for the same call again
         torch.manual_seed(0)
         encoder = Encoder.from_pretrained(name, **recipe.loading(options))
@@ -92,7 +94,7 @@ def run_recipe(
                     teacher = folder / TEACHER
                     if _teaches(steps[number:]):
                         save_once(encoder, teacher, resume)
-                    choice = choose(step, encoder, folder, data_dir, resume, progress)
+                    choice = choose(step, encoder, name, folder, data_dir, resume, progress)
                     encoder.prune(choice.kept)
                     outcome = choice._asdict()
                 elif isinstance(step.settings, Whitening):
@@ -111,6 +113,24 @@ def run_recipe(
             records.append({**describe_step(step), "pooling": encoder.pooling, "outcome": outcome})
         save(encoder, Path(output), recipe, name, records)
     return encoder
+
+
+def check_teachers(steps: Sequence[Step], stages: Path) -> None:
+    """Miss an installed package that a teacher is in now, and not when its stage comes.
+
+    Raises:
+        FileNotFoundError: there is no such package, and the stage's vectors are not there either.
+    """
+    for number, step in enumerate(steps, 1):
+        folder = stages / f"{number}-{step.kind}"
+        if not isinstance(step.settings, Distill) or step.settings.vectors or (folder / VECTORS).exists():
+            continue
+        for place, teacher in enumerate(step.settings.teachers):
+            if not teacher.startswith(RECIPE):
+                local_path(teacher)
+            elif not (folder / TEACHERS / str(place) / RESULT).exists():
+                taught = folder / TEACHERS / str(place) / "stages"
+                check_teachers(load_recipe(teacher.removeprefix(RECIPE)).steps, taught)
 
 
 def set_pooling(encoder: Encoder, step: Step) -> None:
@@ -157,7 +177,7 @@ def made_teacher(folder: Path, place: str, name: str, seed: int, **given: Any) -
     recipe, output = load_recipe(name.removeprefix(RECIPE)).with_seed(seed), folder / place
     note = Path(f"{output}.json")  # which the note of its vectors quotes
     steps = [{**describe_step(step), "pooling": step.pooling, "read": _prints(step)} for step in recipe.steps]
-    model, root = str(given["model"] or recipe.model), str(given["data_dir"])
+    model, root = str(given["model"] or recipe.model), _root(given["data_dir"])
     told = {"recipe": name, "model": model, "options": recipe.options, "steps": steps, "data_dir": root}
     told |= {name: given[name] for name in ("attention", "dtype") if name in given}
     told = json.loads(json.dumps(told, default=str))
@@ -175,10 +195,12 @@ def made_teacher(folder: Path, place: str, name: str, seed: int, **given: Any) -
     return output
 
 
-def choose(step: Step, encoder: Encoder, folder: Path, data_dir: Any, resume: bool, progress: bool) -> Choice:
+def choose(
+    step: Step, encoder: Encoder, model: str, folder: Path, data_dir: Any, resume: bool, progress: bool
+) -> Choice:
     """Decide a depth, or take what an earlier run decided for the same settings, data and model."""
     pruning: Any = step.settings
-    file, made_for = folder / CHOICE, _told(asked_of(step, data_dir), encoder)
+    file, made_for = folder / CHOICE, _told(asked_of(step, model, data_dir), encoder)
     if resume and (found := kept_choice(file, made_for)):
         return found
     triplets = step.read(data_dir) if pruning.needs_data else None
@@ -192,13 +214,17 @@ def choose(step: Step, encoder: Encoder, folder: Path, data_dir: Any, resume: bo
     return choice
 
 
-def asked_of(step: Step, data_dir: Any) -> dict[str, Any]:
-    """What a depth is decided by, beside the encoder."""
+def asked_of(step: Step, model: str, data_dir: Any) -> dict[str, Any]:
+    """What a depth is decided by, beside what was trained before; `model` is the name of the first."""
     pruning: Any = step.settings
-    told = {"settings": asdict(pruning)}
+    told = {"settings": asdict(pruning), "begun": model}
     if pruning.needs_data:
-        told |= {"data": _prints(step), "data_dir": str(data_dir or os.environ.get(VARIABLE))}
+        told |= {"data": _prints(step), "data_dir": _root(data_dir)}
     return told
+
+
+def _root(data_dir: Any) -> str:
+    return str(data_dir or os.environ.get(VARIABLE))
 
 
 def kept_choice(file: Path, made_for: Mapping[str, Any]) -> Choice | None:
@@ -252,7 +278,11 @@ def _prints(step: Step) -> list[Any]:
     """What tells a step's data from others; a file is told by its size and its time."""
     sources = step.data.values() if isinstance(step.data, Mapping) else [step.data]
     names = [str(Path(x).expanduser()) for x in sources if isinstance(x, str | Path)]
-    names = [place for name in names for place in ([name] if Path(name).exists() else sorted(glob(name)))]
+    names = [
+        place
+        for name in names
+        for place in ([name] if Path(name).exists() else sorted(glob(name, recursive=True)))
+    ]
     files = [Path(name).stat() for name in names if Path(name).is_file()]
     # of a Dataset the print, as its repr tells columns alone
     prints = [getattr(x, "_fingerprint", None) for x in sources]

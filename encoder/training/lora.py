@@ -10,6 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
+from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -172,7 +173,9 @@ def _beside_adapter(model: nn.Module, loss: nn.Module | None) -> dict[str, nn.Pa
     """What is trained but the adapter: of the model, and of a loss that has weights of its own."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad and "lora_" not in name}
     if loss is not None:
-        of_model = {id(parameter) for parameter in model.parameters()}
+        # a model inside the loss guides it, and is not trained (GISTEmbed)
+        models = [model, *(part for part in loss.modules() if isinstance(part, SentenceTransformer))]
+        of_model = {id(parameter) for one in models for parameter in one.parameters()}
         own = ((name, p) for name, p in loss.named_parameters() if p.requires_grad and id(p) not in of_model)
         trained |= {f"loss.{name}": parameter for name, parameter in own}
     return trained

@@ -65,7 +65,7 @@ def plan_recipe(
             set_pooling(encoder, step)
             if isinstance(step.settings, Pruning):
                 file = Path(output or folder) / "stages" / f"{number}-{step.kind}" / CHOICE
-                choice = kept_choice(file, asked_of(step, data_dir))
+                choice = kept_choice(file, asked_of(step, str(model or recipe.model), data_dir))
                 if choice is None:
                     triplets = step.read(data_dir) if step.needs_data else None
                     choice = step.settings.choose(encoder, triplets, show_progress_bar=False)

@@ -27,12 +27,11 @@ import uncausal
 from uncausal.encoder.data.local import PREFIX, SETS, check_local, local_rows, split_name
 from uncausal.encoder.data.pairs import LABEL, read_pairs
 from uncausal.encoder.data.texts import read_texts
-from uncausal.encoder.loading import EncoderSpec, local_path
+from uncausal.encoder.loading import EncoderSpec
 from uncausal.encoder.pooling import POOLING_MODES
 from uncausal.encoder.pruning import Pruning
 from uncausal.encoder.training.stages.base import Stage
 from uncausal.encoder.training.stages.contrastive import Contrastive
-from uncausal.encoder.training.stages.distill import Distill
 from uncausal.encoder.training.stages.registry import STAGES
 from uncausal.encoder.whitening import Whitening
 
@@ -135,8 +134,7 @@ class Recipe:
 
         Raises:
             RecipeError: a stage has no data, or there is no such stage.
-            DataError, FileNotFoundError: there is no such local set, no data directory, or no such installed
-                package of a teacher.
+            DataError, FileNotFoundError: there is no such local set, or no data directory.
         """
         given, kinds = dict(data or {}), [step.kind for step in self.steps]
         for kind in given.keys() - {*kinds}:
@@ -157,9 +155,6 @@ class Recipe:
                 f"data={{{missing[0]!r}: ...}}, or --data {missing[0]}=FILE"
             )
         for step in steps:
-            if isinstance(step.settings, Distill) and step.settings.vectors is None:
-                for teacher in step.settings.teachers:
-                    local_path(teacher)  # one of a package that is not installed is missed now
             for name in _local_names(step.data):
                 check_local(name, folder)
                 if step.takes_pairs and split_name(name)[0] not in SETS:
@@ -225,6 +220,7 @@ def _parse(path: Path, variant: str | None) -> Recipe:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: not valid TOML: {error}") from None
     _check_keys(content, SECTIONS, str(path))
+    _check_types({"name": content.get("name", "")}, {"name": str}, str(path))
     tables = content.get("stage", [])
     if not isinstance(tables, list) or not isinstance(content.get("model"), dict):
         raise RecipeError(f"{path}: needs a table [model] and stages as [[stage]]")
@@ -329,7 +325,9 @@ def _check_keys(table: Mapping[str, Any], valid: Sequence[str], where: str) -> N
 
 def _check_types(table: Mapping[str, Any], types: Mapping[str, Any], where: str) -> None:
     for key, value in table.items():
-        if key == "trainer_arguments":  # the Trainer's to check
+        if key == "trainer_arguments" and isinstance(
+            value, Mapping
+        ):  # whose values are the Trainer's to check
             continue
         try:
             check_type(value, types[key], collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)

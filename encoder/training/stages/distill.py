@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from uncausal.encoder.data.rows import DataError
 from uncausal.encoder.data.texts import read_texts
 from uncausal.encoder.files import staged_file
-from uncausal.encoder.loading import load_model
+from uncausal.encoder.loading import load_model, local_path
 from uncausal.encoder.training.ranks import together
 from uncausal.encoder.training.stages.base import PairStage
 from uncausal.encoder.whitening import LinearMap, append_linear, unnormalized
@@ -261,11 +261,11 @@ def text_digest(texts: Iterable[str]) -> str:
 
 def _weights_of(teacher: str) -> Any:
     """What tells a teacher's weights from others; beside a folder that a recipe saved it is written."""
-    written, folder = Path(f"{teacher}.json"), Path(str(teacher))
+    written, place = Path(f"{teacher}.json"), local_path(teacher)
     if written.is_file():
         return written.read_text()
-    files = [(f, f.stat()) for f in sorted(folder.rglob("*.safetensors"))] if folder.is_dir() else []
-    return [[str(f.relative_to(folder)), stat.st_size, stat.st_mtime_ns] for f, stat in files]
+    files = [place] if place.is_file() else sorted(place.rglob("*.safetensors"))  # none of a name of the hub
+    return [[str(f.relative_to(place)), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
 
 
 def _note(file: Path) -> Path:
