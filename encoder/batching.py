@@ -16,6 +16,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import batch_to_device
 from torch import Tensor
 
+from uncausal.encoder.elementwise import alone_beyond
 from uncausal.encoder.inputs import Prompt, TokenizedTexts, check_not_empty, check_unicode
 
 WINDOW = 8192  # texts tokenised ahead of the model
@@ -99,19 +100,6 @@ def iter_encode(
                 indices, counts = [number * WINDOW + i for i in batch], [len(ids[i]) for i in batch]
                 yield EncodedBatch(indices, vectors, counts, cut)
                 cut = 0
-
-
-def alone_beyond(config: Any) -> int | None:
-    """The length beyond which a text has to stand alone, as all of a batch turn with its longest, or None.
-
-    So do LongRoPE and dynamic RoPE beyond the length that the model first knew.
-    """
-    config = config.get_text_config()
-    rope = getattr(config, "rope_parameters", None) or {}
-    kinds = rope.values() if rope and all(isinstance(kind, dict) for kind in rope.values()) else [rope]
-    varying = [kind for kind in kinds if kind.get("rope_type") in ("longrope", "dynamic")]
-    known = "original_max_position_embeddings"
-    return min((kind.get(known) or config.max_position_embeddings for kind in varying), default=None)
 
 
 def token_batches(

@@ -73,15 +73,16 @@ def make_bidirectional(model: nn.Module) -> nn.Module:
         NotBidirectionalError: the model is an encoder-decoder, or has ALiBi.
     """
     _refuse_alibi(model)
-    return _set_causal(model, False)
+    return set_causal(model, False)
 
 
 def make_causal(model: nn.Module) -> nn.Module:
     """Undoes `make_bidirectional`."""
-    return _set_causal(model, True)
+    return set_causal(model, True)
 
 
-def _set_causal(model: nn.Module, is_causal: bool) -> nn.Module:
+def set_causal(model: nn.Module, is_causal: bool) -> nn.Module:
+    """Set the switch in the configurations and layers of a model, whatever follows."""
     pretrained, decoder = find_decoder(model)
     configs: list[Any] = [pretrained.config, pretrained.config.get_text_config(decoder=True), decoder.config]
     for layer in _named_layers(model).values():

@@ -92,6 +92,29 @@ def _fixed(rope_type: Any) -> bool:
     return all(isinstance(kind, str) and kind in ROPES for kind in kinds)
 
 
+def alone_beyond(config: Any) -> int | None:
+    """The length beyond which a text has to stand alone, as all of a batch turn with its longest, or None.
+
+    So do LongRoPE and dynamic RoPE beyond the length that the model first knew.
+    """
+    config = config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [kind for kind in rope.values() if isinstance(kind, dict)] or [rope]  # one a type of layer
+    varying = [kind for kind in kinds if kind.get("rope_type") in ("longrope", "dynamic")]
+    known = "original_max_position_embeddings"
+    return min((kind.get(known) or config.max_position_embeddings for kind in varying), default=None)
+
+
+def restore_rope(model: nn.Module) -> None:
+    """Give dynamic RoPE the frequencies that it began with; the library keeps those of a longer text."""
+    for module in model.modules():
+        known: Any = getattr(module, "original_max_seq_len", None)
+        if known is not None and module.max_seq_len_cached != known and hasattr(module, "original_inv_freq"):
+            first: Any = module.original_inv_freq
+            module.register_buffer("inv_freq", first.to(module.inv_freq.device), persistent=False)  # pyright: ignore
+            module.max_seq_len_cached = known  # pyright: ignore[reportAttributeAccessIssue]
+
+
 @functools.cache
 def _whole(mixin: type, kind: type) -> type:
     return type(kind.__name__, (mixin, kind), {})

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from uncausal.encoder import attention as packed_attention
 from uncausal.encoder.adapters import load_adapter
-from uncausal.encoder.elementwise import use_whole_vectors
+from uncausal.encoder.elementwise import alone_beyond, restore_rope, use_whole_vectors
 from uncausal.encoder.linear import use_onednn
 from uncausal.encoder.loading import adapter_chain, ensure_pad_token
 
@@ -190,6 +190,12 @@ class PackedTransformer(Transformer):
         """Write `token_embeddings` into the features; the layout of a packed batch is built once, here."""
         ours = ("prompt_mask", "lengths")
         model_inputs = {name: value for name, value in features.items() if name not in ours}
+        ids, mask = model_inputs.get("input_ids"), model_inputs.get("attention_mask")
+        rows = self.model.get_input_embeddings().num_embeddings
+        if ids is not None and mask is not None and (self.tokenizer.pad_token_id or 0) >= rows:
+            model_inputs["input_ids"] = ids.masked_fill(mask == 0, 0)  # a pad token without an embedding
+        if alone_beyond(self.model.config) is not None:
+            restore_rope(self.model)
         if "cu_seq_lens_q" in features and self.model_forward_params is None and self._can_flatten_inputs():
             kwargs.setdefault("layout", packed_attention.layout_of(features))
         features.update(super().forward(model_inputs, **kwargs))

@@ -328,7 +328,7 @@ def ensure_pad_token(tokenizer: Any) -> None:
 
 
 def check_vocabulary(tokenizer: Any, model: Any) -> None:
-    """Refuse a tokenizer whose tokens have no embedding; for such a pad token it takes another.
+    """Refuse a tokenizer whose tokens have no embedding; a pad token needs none, as nothing looks at it.
 
     Raises:
         ValueError: the tokenizer is another model's, or has tokens that were added since.
@@ -337,9 +337,8 @@ def check_vocabulary(tokenizer: Any, model: Any) -> None:
     if len(tokenizer) <= rows:
         return
     beyond = {token: id for token, id in tokenizer.get_vocab().items() if id >= rows}
-    if beyond.pop(tokenizer.pad_token, None) is not None:  # as Llama's fine-tuned have it
-        tokenizer.pad_token = None
-        ensure_pad_token(tokenizer)
+    if tokenizer.pad_token != tokenizer.eos_token:  # which may end every text
+        beyond.pop(tokenizer.pad_token, None)
     for token, id in beyond.items():
         raise ValueError(
             f"the tokenizer is not the model's: its token {token!r} is number {id}, and the model has {rows} "

@@ -28,7 +28,12 @@ from tqdm.auto import tqdm
 from uncausal.encoder import attention as packed_attention
 from uncausal.encoder.adapters import load_adapter, merge_attached
 from uncausal.encoder.batching import iter_encode
-from uncausal.encoder.conversion import assert_bidirectional, make_bidirectional
+from uncausal.encoder.conversion import (
+    NotBidirectionalError,
+    assert_bidirectional,
+    make_bidirectional,
+    set_causal,
+)
 from uncausal.encoder.files import staged
 from uncausal.encoder.inputs import (
     PackedTransformer,
@@ -283,7 +288,11 @@ class Encoder(SentenceTransformer):
             if isinstance(module, LinearMap) and place in self._saved_frozen:
                 module.requires_grad_(False)
         if getattr(transformer.config, "is_causal", None) is False:
-            make_bidirectional(transformer.model)
+            try:
+                make_bidirectional(transformer.model)
+            except NotBidirectionalError as error:  # what an earlier version has converted and trained
+                logger.warning("%s; this one was saved so, and is loaded as it was", error)
+                set_causal(transformer.model, False)
             assert_bidirectional(transformer.model, quick=True)
 
     def _parse_model_config(self, model_config: dict[str, Any]) -> None:
@@ -332,7 +341,8 @@ class Encoder(SentenceTransformer):
         """Replace the pooling. Prompt tokens are never pooled; "last_token" ends texts with an end token."""
         made = make_pooling(pooling, self.transformer.get_embedding_dimension()).to(self.device)
         by_last, before = pooling == "last_token", self.pooling
-        self._model_card_text = None
+        if pooling != before:
+            self._model_card_text = None  # that of what it was
         if before == "sif":
             del self[1]
         self[1] = made
@@ -365,7 +375,8 @@ class Encoder(SentenceTransformer):
             FileNotFoundError: no adapter in safetensors of that name.
             ValueError: it was trained on another model.
         """
-        merge_attached(self.backbone)
+        if merge_attached(self.backbone) or adapters:
+            self._model_card_text = None
         for adapter in adapters:
             load_adapter(self.backbone, adapter_folder(str(adapter), hub), headless=False)
 
@@ -384,7 +395,6 @@ class Encoder(SentenceTransformer):
             ValueError: fewer texts than the vectors have dimensions, or an empty one.
         """
         whitening, modules = Whitening(**settings), self._modules.copy()
-        self._model_card_text = None  # that of what it was
         ended = getattr(self.transformer, "ended", None)
         try:
             whitening.weigh(self, texts)
@@ -423,6 +433,7 @@ class Encoder(SentenceTransformer):
             transformer.can_flatten_inputs = packed
 
     def _multi_process(self, inputs: Sequence[Any], *args: Any, **options: Any) -> Any:
+        inputs = [plain_text(text) for text in inputs]
         if options.get("on_empty", "raise") == "raise":
             check_not_empty(inputs)  # a worker would count within its chunk
         return super()._multi_process(inputs, *args, **options)
@@ -543,6 +554,12 @@ class Encoder(SentenceTransformer):
                 "loaded by plain sentence-transformers, %s attends causally where nothing is padded: its "
                 "layers do not read is_causal; load it with this package",
                 config.model_type,
+            )
+        rows = self.backbone.get_input_embeddings().num_embeddings
+        if (self.tokenizer.pad_token_id or 0) >= rows:
+            logger.warning(
+                "loaded by plain sentence-transformers, batches fail: the pad token has no embedding; set "
+                "tokenizer.pad_token to another"
             )
         weighed = self.pooling == "sif"
         if weighed and self.dtype != torch.float32:

@@ -145,6 +145,7 @@ def whitening_map(vectors: np.ndarray, power: float = 1.0, dim: int | None = Non
 
 def append_linear(encoder: SentenceTransformer, module: LinearMap) -> None:
     """Put a linear map at the encoder's end, before a normalisation; joined with one that stands there."""
+    encoder._model_card_text = None  # that of what it was
     place = len(encoder) - isinstance(encoder[-1], Normalize)
     before = encoder[place - 1]
     if isinstance(before, Dense) and isinstance(before.activation_function, nn.Identity):

@@ -34,14 +34,20 @@ def _triton():
     return attention_triton
 
 
+def _offsets(q: Tensor, k: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> tuple[tuple[int, ...], ...]:
+    """The offsets as integers, which end where the tensors do; that they rise, `plan_batch` looks at."""
+    cu_q, cu_k = tuple(cu_seqlens_q.tolist()), tuple(cu_seqlens_k.tolist())
+    for name, offsets, rows in (("cu_seqlens_q", cu_q, len(q)), ("cu_seqlens_k", cu_k, len(k))):
+        if offsets[0] != 0 or offsets[-1] != rows:
+            raise ValueError(f"{name} must rise from 0 to {rows}, got {list(offsets)}")
+    return cu_q, cu_k
+
+
 def _torch_arguments(q, k, cu_seqlens_q, cu_seqlens_k, seed, options: Options, direct: bool):
     """The plan of the torch path; torch's own kernel takes sequences directly where options allow it."""
     heads = k.shape[1]
     direct = direct and q.device.type == "cpu" and options.plain
-    cu_q, cu_k = tuple(cu_seqlens_q.tolist()), tuple(cu_seqlens_k.tolist())
-    for name, offsets, rows in (("cu_seqlens_q", cu_q, len(q)), ("cu_seqlens_k", cu_k, len(k))):
-        if offsets[0] != 0 or offsets[-1] != rows:  # that they rise, the plan has looked at
-            raise ValueError(f"{name} must rise from 0 to {rows}, got {list(offsets)}")
+    cu_q, cu_k = _offsets(q, k, cu_seqlens_q, cu_seqlens_k)
     compiled = (
         q.device.type == "cpu"
         and q.dtype in (torch.float32, torch.bfloat16)
@@ -280,7 +286,7 @@ def flash_attn_func(
             f"q, k, v must be (B, L, H, D), got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
         )
     batch = q.shape[0]
-    if not len(k) == len(v) == batch or k.shape[1] != v.shape[1]:
+    if not k.shape[0] == v.shape[0] == batch or k.shape[1] != v.shape[1]:  # len() would fix a traced size
         raise ValueError(
             "q, k, v must be of one batch, and k and v of one length, "
             f"got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
@@ -327,6 +333,7 @@ def _attention_with_alibi(
     q, k, v, cu_seqlens_q, cu_seqlens_k, seed, alibi_slopes, options: Options
 ) -> tuple[Tensor, Tensor]:
     """Attend by the reference, in at least fp32; autograd keeps the scores."""
+    _offsets(q, k, cu_seqlens_q, cu_seqlens_k)
     wide_q, wide_k, wide_v = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k, v))
     with torch.autocast(q.device.type, enabled=False):
         out, lse = flash_attn_varlen_ref(

@@ -375,6 +375,9 @@ def test_offsets_beyond_the_tensors_are_refused(bad):
     for offsets in ((bad, cu), (cu, bad)):
         with pytest.raises(ValueError, match=r"must rise(, got| from 0 to 4, got) \["):
             flash_attn_varlen_func(q, k, v, *offsets)
+    with pytest.raises(ValueError, match=r"must rise from 0 to 4, got \[0, 3\]"):
+        short = torch.tensor([0, 3], dtype=torch.int32)
+        flash_attn_varlen_func(q, k, v, short, short, alibi_slopes=torch.ones(2))
 
 
 def test_dense_batches_that_do_not_fit_are_refused():

@@ -1,7 +1,9 @@
 """The bits of a number do not depend on how many there are, nor a text's on its company or the threads."""
 
 import copy
+import json
 import pickle
+import shutil
 
 import numpy as np
 import pytest
@@ -138,3 +140,20 @@ def test_modules_keep_their_names_and_travel(wide):
                 assert type(twin) is type(module)
                 torch.testing.assert_close(twin(*given), module(*given), rtol=0, atol=0)
             torch.testing.assert_close(module(*given), before(*given))
+
+
+def test_dynamic_rope_forgets_longer_texts(tiny_llama, tmp_path):
+    """Regression: the library goes on with the frequencies of the longest text so far."""
+    shutil.copytree(tiny_llama, tmp_path / "dynamic")
+    file = tmp_path / "dynamic" / "config.json"
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    changes = {"rope_parameters": rope, "max_position_embeddings": 8}
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    options = {"dtype": "float32", "device": "cpu", "max_seq_length": 64}
+    encoder = Encoder.from_pretrained(tmp_path / "dynamic", **options)
+    texts = ["hello world " * 6, "a fox", "the", "the lazy dog jumps " * 3]
+    longest = max(len(row) for row in encoder.tokenizer(texts)["input_ids"])
+    assert longest > 8 and encoder.backbone.rotary_emb.rope_type == "dynamic"
+    alone = [Encoder.from_pretrained(tmp_path / "dynamic", **options).encode(text) for text in texts]
+    for found in (encoder.encode(texts), encoder.encode(texts[::-1])[::-1]):
+        np.testing.assert_array_equal(found, alone)

@@ -212,12 +212,14 @@ def test_prompts_go_before_their_side(instruct, prompts, expected):
     assert dict(model.calls) == expected
 
 
-@pytest.mark.parametrize("instruct, asked", [(None, "query: "), (INSTRUCT, "Instruct: find it\nQuery: ")])
-def test_a_default_prompt_is_not_for_documents(instruct, asked):
+@pytest.mark.parametrize("default", ["query", "s2p_query"])
+@pytest.mark.parametrize("instruct", [None, INSTRUCT])
+def test_a_default_prompt_is_not_for_documents(default, instruct):
     """Regression: `None` asks for the default, and documents got that of queries."""
-    model = Planted(ANGLES, {"query": "query: ", "document": ""})
-    model.default_prompt_name = "query"
+    model = Planted(ANGLES, {default: "query: ", "document": ""})
+    model.default_prompt_name = default
     encode_once(model, [asymmetric()], instruct)
+    asked = "Instruct: find it\nQuery: " if instruct else "query: " if default == "query" else None
     assert dict(model.calls) == {asked: ["zero"], "": ["ten", "zero"]}
 
 

@@ -215,8 +215,9 @@ def encode_once(
 
 
 def no_prompt(model: SentenceTransformer) -> str | None:
-    """What `encode` is given for a text that has no prompt: None asks for the model's default one."""
-    return "" if model.default_prompt_name == QUERY else None
+    """What `encode` is given for a document that has no prompt: None asks for the model's default one."""
+    of_documents = (None, DOCUMENT, "passage", "corpus")  # by the library's names
+    return None if model.default_prompt_name in of_documents else ""
 
 
 def _prompts(model: SentenceTransformer, task: Task, instruct: str | None) -> dict[str, str | None]:
@@ -226,7 +227,7 @@ def _prompts(model: SentenceTransformer, task: Task, instruct: str | None) -> di
         return {QUERY: instruct.format(instruction=task.instruction), DOCUMENT: none}
     if DOCUMENT not in task.texts():
         return {QUERY: None}
-    return {side: model.prompts.get(side) or none for side in (QUERY, DOCUMENT)}
+    return {QUERY: model.prompts.get(QUERY) or None, DOCUMENT: model.prompts.get(DOCUMENT) or none}
 
 
 def bootstrap(name: str, measurement: Measurement, resamples: int = 1000) -> np.ndarray:

@@ -19,7 +19,7 @@ import numpy as np
 from fastapi import Request
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from uncausal.encoder.batching import alone_beyond
+from uncausal.encoder.elementwise import alone_beyond
 from uncausal.encoder.inputs import own_prompt
 from uncausal.encoder.serving.batcher import Batch, Batcher, ClosedError, QueueFullError
 

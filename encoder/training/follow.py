@@ -79,7 +79,7 @@ def run_recipe(
     """
     steps, stages = recipe.with_data(data, data_dir), Path(output) / "stages"
     name = str(model or recipe.model)
-    check_teachers(steps, stages)
+    check_teachers(steps, stages, resume)
     with torch.random.fork_rng():  # new weights, as latent pooling's, are the same for the same call again
         torch.manual_seed(0)
         encoder = Encoder.from_pretrained(name, **recipe.loading(options))
@@ -115,7 +115,7 @@ def run_recipe(
     return encoder
 
 
-def check_teachers(steps: Sequence[Step], stages: Path) -> None:
+def check_teachers(steps: Sequence[Step], stages: Path, resume: bool = True) -> None:
     """Miss an installed package that a teacher is in now, and not when its stage comes.
 
     Raises:
@@ -123,14 +123,15 @@ def check_teachers(steps: Sequence[Step], stages: Path) -> None:
     """
     for number, step in enumerate(steps, 1):
         folder = stages / f"{number}-{step.kind}"
-        if not isinstance(step.settings, Distill) or step.settings.vectors or (folder / VECTORS).exists():
+        kept = resume and (folder / VECTORS).exists()
+        if not isinstance(step.settings, Distill) or step.settings.vectors or kept:
             continue
         for place, teacher in enumerate(step.settings.teachers):
             if not teacher.startswith(RECIPE):
                 local_path(teacher)
-            elif not (folder / TEACHERS / str(place) / RESULT).exists():
+            elif not (resume and (folder / TEACHERS / str(place) / RESULT).exists()):
                 taught = folder / TEACHERS / str(place) / "stages"
-                check_teachers(load_recipe(teacher.removeprefix(RECIPE)).steps, taught)
+                check_teachers(load_recipe(teacher.removeprefix(RECIPE)).steps, taught, resume)
 
 
 def set_pooling(encoder: Encoder, step: Step) -> None:
