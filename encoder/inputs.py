@@ -11,7 +11,7 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -191,8 +191,9 @@ class PackedTransformer(Transformer):
         ours = ("prompt_mask", "lengths")
         model_inputs = {name: value for name, value in features.items() if name not in ours}
         ids, mask = model_inputs.get("input_ids"), model_inputs.get("attention_mask")
-        rows = self.model.get_input_embeddings().num_embeddings
-        if ids is not None and mask is not None and (self.tokenizer.pad_token_id or 0) >= rows:
+        tokenizer, embeddings = cast(Any, self.tokenizer), cast(Any, self.model.get_input_embeddings())
+        unknown = (tokenizer.pad_token_id or 0) >= embeddings.num_embeddings
+        if ids is not None and mask is not None and unknown:
             model_inputs["input_ids"] = ids.masked_fill(mask == 0, 0)  # a pad token without an embedding
         if alone_beyond(self.model.config) is not None:
             restore_rope(self.model)

@@ -333,7 +333,7 @@ def sweep_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `info_nce_torch.sweep_gradients`; q (B, D) and k (M, D) in bf16, fp16 or fp32."""
     if len(q) == 0 or len(k) == 0:
-        return tuple(weight.new_zeros(shape) for shape in (q.shape, k.shape, len(q)))
+        return weight.new_zeros(q.shape), weight.new_zeros(k.shape), weight.new_zeros(len(q))
     q, k = _rows_contiguous(q), _rows_contiguous(k)
     scale = _LOG2E / temperature
     offset, m = negatives.offset, len(k)
