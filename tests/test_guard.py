@@ -107,13 +107,19 @@ def test_short_answers_that_nobody_reads_are_cut_off(encoder):
             wait_for(lambda: not state.connections)
 
 
+def held_model(server):
+    """The server's service, and the event that its model waits for."""
+    service, held = server.ready().app.state.service, threading.Event()
+    vectors_of = service.batcher._vectors
+    service.batcher._vectors = lambda jobs: (held.wait(20), vectors_of(jobs))[1]
+    return service, held
+
+
 def test_one_request_at_a_time(encoder):
     """Regression: what was sent behind a request was read without bound, uncounted, and without the key."""
     body = json.dumps({"inputs": "river"}).encode()
     with Server(lambda: encoder) as server:
-        service, held = server.ready().app.state.service, threading.Event()
-        vectors_of = service.batcher._vectors
-        service.batcher._vectors = lambda jobs: (held.wait(20), vectors_of(jobs))[1]
+        service, held = held_model(server)
         with connect(server) as connection:
             connection.sendall(post("/embed", body) + post("/embed", body) + b"no HTTP\r\n\r\n")
             wait_for(lambda: service.batcher.waiting or service.held_bytes)
@@ -135,9 +141,7 @@ def test_a_large_second_request_leaves_the_first_its_answer(encoder):
     """Regression: its bytes were counted as a head's, and the first one was answered 431."""
     body = json.dumps({"inputs": "river"}).encode()
     with Server(lambda: encoder) as server:
-        service, held = server.ready().app.state.service, threading.Event()
-        vectors_of = service.batcher._vectors
-        service.batcher._vectors = lambda jobs: (held.wait(20), vectors_of(jobs))[1]
+        service, held = held_model(server)
         with connect(server) as connection:
             connection.sendall(post("/embed", body))
             wait_for(lambda: service.batcher.waiting or service.held_bytes)

@@ -55,7 +55,7 @@ class Batcher:
     Args:
         encoder: an `Encoder` that is packed.
         batch_tokens: tokens a batch at most; a longer text runs alone.
-        alone: the length beyond which a text runs alone in any case (`batching.alone_beyond`).
+        alone: the length beyond which a text runs alone in any case (`elementwise.alone_beyond`).
         max_waiting: texts in the queue at most.
         watch: called with every `Batch`, in the model's thread.
     """
