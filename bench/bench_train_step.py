@@ -5,8 +5,9 @@ they have, attention dropout 0.3 (SimCSE); 11 layers, 64 triplets of such senten
 leaves out padding only with FlashAttention, on a GPU). Times are of whole steps, optimiser included, from the
 trainers' callbacks.
 The options are those of a contrastive step of 64 triplets of such sentences: instructions and own negatives
-(the instruction stage), Matryoshka prefixes, GradCache, and with it a batch of 4,096. The short texts have 20
-to 30 tokens: 11 layers train on them and encode them with compiled attention, and without a compiler.
+(the instruction stage), Matryoshka prefixes, GradCache, and with it a batch of 4,096; compiled layers, in
+bfloat16. The short texts have 20 to 30 tokens: 11 layers train on them and encode them with compiled
+attention, and without a compiler.
 `python -m uncausal.bench.bench_train_step [--full] [--dry]`; `--full` adds bfloat16 and the large batch.
 """
 
@@ -38,6 +39,7 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {  # the second of a case agains
     "instruction": {OURS: {}, "instruction stage": {"hard_negatives": "own", "in_batch_negatives": False}},
     "matryoshka": {OURS: {}, "four widths": {"matryoshka_dims": WIDTHS}},
     "gradcache": {OURS: {}, "mini-batches of 16": {"mini_batch_size": 16}},
+    "compiled": {OURS: {"bf16": True}, "compiled layers": {"bf16": True, "compile_layers": True}},
     "large": {OURS: {}, "4096 by 64": {"batch_size": LARGE, "mini_batch_size": 64}},
 }
 

@@ -49,8 +49,10 @@ class OneDNNLinear(nn.Linear):
             # A single row takes another routine, and other bits: a text's vector would depend on its company.
             return self.forward(x.reshape(1, -1).expand(2, -1))[:1].reshape(*x.shape[:-1], -1)
         plain = x.dtype != torch.float32 or weight.dtype != x.dtype or x.device.type != "cpu" or not x.numel()
-        if plain or x.dim() < 2 or torch.is_autocast_enabled("cpu"):
-            return F.linear(x, weight, bias)
+        if plain or x.dim() < 2 or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
+            return F.linear(
+                x, weight, bias
+            )  # torch's compiler takes oneDNN's only of weights it packed itself
         trained = (x, weight) if bias is None else (x, weight, bias)
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in trained):
             return _OneDNNLinear.apply(x, weight, bias)  # type: ignore[return-value]
@@ -62,7 +64,7 @@ class OneDNNConv1D(Conv1D):
 
     def forward(self, x: Tensor) -> Tensor:
         plain = x.dtype != torch.float32 or self.weight.dtype != x.dtype or x.device.type != "cpu"
-        if plain or not x.numel() or torch.is_grad_enabled():
+        if plain or not x.numel() or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return super().forward(x)
         rows = x.reshape(-1, x.shape[-1])
         product = _product(rows.expand(max(len(rows), 2), -1), self.weight.t(), self.bias)

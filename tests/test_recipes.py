@@ -284,7 +284,7 @@ def cut(recipe, checkpoint=None):
             continue
         fields = {**FAST, "max_steps": 1, "schedule_steps": None, "batch_size": 4, "chunk_tokens": 8}
         fields |= {"max_length": 24, "matryoshka_dims": [32, 16], "matryoshka_weights": [1.0, 0.5]}
-        fields |= {"negatives": 1, "mini_batch_size": 2, "columns": None}
+        fields |= {"negatives": 1, "mini_batch_size": 2, "columns": None, "compile_layers": False}
         there = vars(step.settings)
         unset = (None, [], (), 0)
         there.update({name: value for name, value in fields.items() if there.get(name) not in unset})

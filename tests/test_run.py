@@ -2,6 +2,7 @@
 
 import resource
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,13 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
-from tiny import FAST, PAIRS, TEXTS, Signal, load, losses
-from transformers import TrainerControl, TrainerState
+from tiny import FAST, PAIRS, TEXTS, Signal, load, losses, save_checkpoint
+from transformers import AutoModelForCausalLM, GPT2Config, TrainerControl, TrainerState
 
 from uncausal import Encoder
 from uncausal.encoder import adapters
 from uncausal.encoder.files import held
-from uncausal.encoder.training import progress
+from uncausal.encoder.training import progress, trainer
 from uncausal.encoder.training.lora import EXTRA_FILE
 from uncausal.encoder.training.progress import StopOnSignal, TrainingInterrupted
 from uncausal.encoder.training.run import train
@@ -289,6 +290,58 @@ def test_gradient_checkpointing_and_mini_batches_change_no_loss(checkpoint, tmp_
     assert curve("plain") == pytest.approx(curve("checkpointed", gradient_checkpointing=True), abs=1e-4)
     still = {} if kind == "mntp" else {"attention_dropout": 0.0}
     assert curve("still", **still) == pytest.approx(curve("micro", mini_batch_size=2, **still), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"trainable_layers": [2, 3]},
+        {"bf16": True},
+        {"lora_dropout": 0.2, "attention_dropout": 0.3, "mini_batch_size": 4},
+    ],
+    ids=["fp32", "bf16", "gradcache"],
+)
+def test_compiled_layers_train_alike(tmp_path, changes):
+    """Few programs serve all layers and batches, draw the same dropout, and are gone when the stage ends."""
+    model = save_checkpoint(tmp_path / "model", num_hidden_layers=6)
+    settings = {**FAST, "lora_dropout": 0.0, "attention_dropout": 0.0, **changes}
+    stage, texts = SimCSE(max_steps=4, batch_size=8, **settings), [t + " so" * (len(t) % 5) for t in TEXTS]
+    plain = losses(train(load(model), stage, texts, tmp_path / "plain", progress=False))
+    torch._dynamo.reset()
+    encoder, counted = load(model), torch._dynamo.utils.counters["stats"]
+    before = counted["unique_graphs"]
+    fused = train(encoder, replace(stage, compile_layers=True), texts, tmp_path / "fused", progress=False)
+    assert 1 <= counted["unique_graphs"] - before < 6
+    assert losses(fused) == pytest.approx(plain, abs=0.05 if stage.bf16 else 1e-4)
+    assert not any(layer._compiled_call_impl for layer in encoder.backbone.layers)
+
+
+def test_layers_of_another_linear_kind_compile(tmp_path):
+    """Regression: the product of GPT-2's layers, without gradients in fp32, is one the compiler refuses."""
+    model = save_checkpoint(tmp_path / "model")
+    size = len(load(model).tokenizer)
+    gpt2 = GPT2Config(vocab_size=size, n_embd=32, n_head=4, n_layer=2, n_positions=64, pad_token_id=1)
+    AutoModelForCausalLM.from_config(gpt2).save_pretrained(model)
+    stage = SimCSE(max_steps=2, batch_size=8, mini_batch_size=4, compile_layers=True, **FAST)
+    curve = losses(train(load(model), stage, TEXTS, tmp_path / "run", progress=False))
+    stage = replace(stage, compile_layers=False)
+    assert curve == pytest.approx(losses(train(load(model), stage, TEXTS, tmp_path / "plain")), abs=1e-4)
+
+
+def test_layers_are_not_compiled_without_a_compiler(checkpoint, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(trainer, "can_compile", lambda: False)
+    stage = SimCSE(max_steps=1, batch_size=8, compile_layers=True, **FAST)
+    assert train(load(checkpoint), stage, TEXTS, tmp_path, progress=False).steps == 1
+    assert "no C++ compiler" in caplog.text
+
+
+def test_a_missing_compiler_is_noticed(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    torch._dynamo.reset()
+    with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",), "fx_graph_cache": False}):
+        assert not trainer.can_compile.__wrapped__()
+    torch._dynamo.reset()
+    assert trainer.can_compile.__wrapped__()
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager", "uncausal"])

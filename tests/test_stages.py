@@ -137,6 +137,14 @@ def test_mntp_head_tied_and_untied(checkpoint, tmp_path):
             lambda: Contrastive(mini_batch_size=100),
             r"mini_batch_size is 100; it must be a divisor of the batch size, 512",
         ),
+        (
+            lambda: SimCSE(compile_layers=True, trainer_arguments={"torch_compile": True}),
+            "compile_layers is True; it must be off where the Trainer compiles the whole model",
+        ),
+        (
+            lambda: SimCSE(compile_layers=True, gradient_checkpointing=True),
+            "compile_layers is True; it must be off with gradient_checkpointing",
+        ),
     ],
 )
 def test_stage_refuses_impossible_settings(make, message):

@@ -38,9 +38,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# What does not change the result; a teacher's vectors are part of the data.
+# What does not change the result, but for rounding; a teacher's vectors are part of the data.
 FREE_TO_CHANGE = ("logging_steps", "save_steps", "eval_steps", "dataloader_num_workers", "report_to")
-FREE_TO_CHANGE += ("teacher", "vectors")
+FREE_TO_CHANGE += ("teacher", "vectors", "compile_layers")
 FINAL, RECORD = "adapter", "training.json"
 UNWANTED = ".saving-"  # starts the name of what is not whole yet, or no longer; the next run removes it
 

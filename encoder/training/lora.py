@@ -121,7 +121,9 @@ class InputDropout(nn.Dropout):
         if not self.training or self.p == 0 or input.device.type != "cpu":
             return super().forward(input)
         dropped = min(round(self.p * 65536), 65535)
-        words = torch.empty(-(-input.numel() // 4), dtype=torch.int64).random_(-(1 << 63), None)
+        words = torch.randint(
+            -(1 << 63), (1 << 63) - 1, (-(-input.numel() // 4),)
+        )  # compiles; random_ does not
         draws = words.view(torch.int16)[: input.numel()].view(input.shape)
         return input * (draws >= dropped - 32768).to(input.dtype).mul_(65536 / (65536 - dropped))
 

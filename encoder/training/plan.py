@@ -50,8 +50,8 @@ def plan_recipe(
     Tokens of a stage are its steps times its batch times the mean tokens of a sample of its data, cut as the
     stage cuts them. Its rate is that of its second step, of the stage's own batch, or of one of about
     `MEASURED` tokens if that is less; a stage that embeds twice, by GradCache, does so in that step too.
-    Memory is what the step took, scaled to what the stage has in memory at once. A prune stage reads its
-    curve, or takes the choice that `output` holds.
+    Memory is what the step took, scaled to what the stage has in memory at once. Layers are not compiled for
+    it. A prune stage reads its curve, or takes the choice that `output` holds.
 
     Returns:
         The device, and a dict a stage with kind, layers, steps, tokens, tokens_per_second, memory_gib, hours;
@@ -106,6 +106,7 @@ def measure(encoder: Encoder, step: Step, folder: Path, data_dir: Any) -> dict[s
         changes["mini_batch_num_tokens"] = None
     if hasattr(stage, "lens_steps"):
         changes["lens_steps"] = min(stage.lens_steps, 2)
+    changes["compile_layers"] = False  # the compiler's memory would count as the step's
     changes |= {"logging_steps": 1, "schedule_steps": None, "warmup_steps": 0, "report_to": "none"}
     if isinstance(stage, Distill):  # the vectors of a teacher cost what they cost only once
         changes |= {"teacher": None, "vectors": str(_random_vectors(encoder, data, folder))}
@@ -218,6 +219,7 @@ def plan_table(plan: Mapping[str, Any]) -> str:
         [
             *lines,
             "",
-            f"{hours:.2f} hours in all at the measured rates, less reading, saving and teachers' vectors",
+            f"{hours:.2f} hours in all at the measured rates, less reading, saving and teachers' vectors;",
+            "less where a stage compiles layers, which were not for this",
         ]
     )

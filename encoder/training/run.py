@@ -37,7 +37,7 @@ from uncausal.encoder.training.lora import attach_lora, check_layers, load_train
 from uncausal.encoder.training.progress import Progress, StopOnSignal, TrainingInterrupted
 from uncausal.encoder.training.ranks import anywhere, only_run, process_state, together, total
 from uncausal.encoder.training.stages.base import LossFactory, Stage
-from uncausal.encoder.training.trainer import Evaluate, StageTrainer
+from uncausal.encoder.training.trainer import Evaluate, StageTrainer, compiled_layers
 from uncausal.encoder.whitening import LinearMap
 
 logger = logging.getLogger(__name__)
@@ -141,7 +141,8 @@ def _train(
             record = json.loads((run / FINAL / RECORD).read_text())
             record = {"steps": 0, "tokens": 0, "seconds": 0.0, "history": record["history"]}
         else:
-            with stage.conditions(encoder):
+            backbone: Any = encoder[0].auto_model  # type: ignore[union-attr]
+            with stage.conditions(encoder), compiled_layers(backbone, stage.compile_layers):
                 trainer = stage.make_trainer(encoder, dataset, run, module)
                 trainer.adapter, trainer.trained, trainer.stage_loss = adapter, encoder, module
                 trainer.schedule_steps = stage.schedule_steps

@@ -4,12 +4,13 @@ It saves only what is trained and finite, swaps checkpoints in whole, counts rea
 processes of a run in step.
 """
 
+import logging
 import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import wraps
+from functools import cache, wraps
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,13 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from uncausal.encoder import attention as packed_attention
 from uncausal.encoder.batching import release_memory
 from uncausal.encoder.files import flush_tree
+from uncausal.encoder.layers import decoder_layers
 from uncausal.encoder.training.checkpoints import UNWANTED, checkpoints
 from uncausal.encoder.training.lora import load_trainable, save_trainable
 from uncausal.encoder.training.ranks import anywhere, together, total
 from uncausal.encoder.training.samplers import AllSteps
+
+logger = logging.getLogger(__name__)
 
 KEPT_CHECKPOINTS = 2
 
@@ -161,6 +165,42 @@ def autocast_forward(backbone: Any, enabled: bool) -> Iterator[None]:
     finally:
         del backbone.forward
         del ALL_ATTENTION_FUNCTIONS[packed_attention.NAME]  # uncovers the registered function
+
+
+@contextmanager
+def compiled_layers(backbone: Any, enabled: bool) -> Iterator[None]:
+    """Compile the decoder layers for a while, on a CPU: a few programs serve all layers and every batch.
+
+    Dropout is drawn as it is without, and in its order: GradCache draws it again in another program. On a
+    GPU the tile maps of a batch are part of its layers, and each would be compiled anew.
+    """
+    layers = decoder_layers(backbone) if enabled else []
+    device = next(backbone.parameters()).device.type
+    if enabled and (device != "cpu" or not can_compile()):
+        why = "no C++ compiler or no Python headers" if device == "cpu" else f"the model is on {device}"
+        logger.warning("compile_layers: %s; training goes on without", why)
+        layers = []
+    kept = [(layer, layer._compiled_call_impl) for layer in layers]
+    orders = ("fallback_random", True), ("reorder_for_locality", False), ("reorder_for_peak_memory", False)
+    try:
+        with torch._dynamo.config.patch(recompile_limit=64):  # stages, precisions and modes add up
+            for layer in layers:
+                layer.compile(dynamic=True, options=dict(orders))
+            yield
+    finally:
+        for layer, call in kept:
+            layer._compiled_call_impl = call
+
+
+@cache
+def can_compile() -> bool:
+    """Whether torch's compiler can build something for the CPU."""
+    try:
+        torch.compile(lambda x: x.cos() + 1)(torch.zeros(64))
+    except Exception as error:
+        logger.info("torch.compile: %s", error)
+        return False
+    return True
 
 
 class Evaluate(TrainerCallback):

@@ -54,6 +54,9 @@ class Stage:
         train_embeddings: with lora_r=0, train the token embeddings too.
         bf16: matrix products in bfloat16; "auto" where the hardware has it. Weights keep their dtype.
         gradient_checkpointing: keep no activations but one per layer.
+        compile_layers: on a CPU, fuse what stands between a layer's matrix products (torch.compile), which
+            takes half a minute first: for hundreds of steps. Without a C++ compiler it is left out; it does
+            not go with gradient_checkpointing, whose second forward pass would draw other dropout.
         mini_batch_size: chunks or pairs in a process's memory at once; the loss is that of the whole batch
             all the same, by accumulation in MNTP and by GradCache (arXiv 2101.06983) in the others. All of
             them by default.
@@ -85,6 +88,7 @@ class Stage:
     train_embeddings: bool = False
     bf16: bool | Literal["auto"] = "auto"
     gradient_checkpointing: bool = False
+    compile_layers: bool = False
     mini_batch_size: int | None = None
     seed: int = 42
     logging_steps: int = 10
@@ -113,6 +117,12 @@ class Stage:
         known = self.lr_scheduler_type in SCHEDULES
         self._require("lr_scheduler_type", known, f"one of {', '.join(SCHEDULES)}")
         self._require("optim", self.optim in {*OptimizerNames}, "an optimiser of the Trainer, as adamw_torch")
+        if self.compile_layers:
+            self._require(
+                "compile_layers", not self.gradient_checkpointing, "off with gradient_checkpointing"
+            )
+            whole = self.trainer_arguments.get("torch_compile")
+            self._require("compile_layers", not whole, "off where the Trainer compiles the whole model")
         arguments = {argument.name for argument in fields(SentenceTransformerTrainingArguments)}
         unknown = sorted(self.trainer_arguments.keys() - arguments)
         self._require("trainer_arguments", not unknown, f"the Trainer's; it has no {', '.join(unknown)}")
