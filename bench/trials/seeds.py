@@ -24,7 +24,7 @@ LEVEL = 0.95
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("files", nargs="+", type=Path, help="what `uncausal eval --out` wrote, a file a run")
     print(table([json.loads(file.read_text()) for file in parser.parse_args().files]))
 
