@@ -8,6 +8,7 @@ Layout legend: B sequences, T packed tokens, H query heads, HK key heads, G = H 
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -35,10 +36,11 @@ def _triton():
 
 
 def _offsets(q: Tensor, k: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> tuple[tuple[int, ...], ...]:
-    """The offsets as integers, which end where the tensors do; that they rise, `plan_batch` looks at."""
+    """The offsets as integers, which rise to where the tensors end."""
     cu_q, cu_k = tuple(cu_seqlens_q.tolist()), tuple(cu_seqlens_k.tolist())
     for name, offsets, rows in (("cu_seqlens_q", cu_q, len(q)), ("cu_seqlens_k", cu_k, len(k))):
-        if offsets[0] != 0 or offsets[-1] != rows:
+        falls = any(after < before for before, after in pairwise(offsets))
+        if offsets[0] != 0 or offsets[-1] != rows or falls:
             raise ValueError(f"{name} must rise from 0 to {rows}, got {list(offsets)}")
     return cu_q, cu_k
 

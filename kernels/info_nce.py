@@ -27,7 +27,7 @@ from uncausal.kernels.cpu.info_nce_torch import (
     Pairs,
     acc_dtype,
     as_temperature,
-    scaled_gradients,
+    first_order,
     sum_and_gradients,
 )
 from uncausal.kernels.info_nce_ranks import gather_rows, ring_rows, rows_per_rank, sum_over_ranks
@@ -82,7 +82,8 @@ def _sum_setup_context(ctx, inputs, output):
 def _sum_backward(ctx, grad, *_):
     if grad is None:
         return (None,) * 8
-    return *scaled_gradients(grad, ctx.saved_tensors[:4], ctx.saved_tensors[4:]), None, None, None, None
+    found = [grad * kept for kept in ctx.saved_tensors[:4]]
+    return *first_order(found, ctx.saved_tensors[4:]), None, None, None, None
 
 
 _info_nce_sum.register_autograd(_sum_backward, setup_context=_sum_setup_context)

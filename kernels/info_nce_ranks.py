@@ -18,7 +18,7 @@ import torch.distributed as dist
 import torch.distributed.nn
 from torch import Tensor
 
-from uncausal.kernels.cpu.info_nce_torch import Negatives, Pairs, acc_dtype
+from uncausal.kernels.cpu.info_nce_torch import Negatives, Pairs, acc_dtype, first_order
 from uncausal.kernels.launch import on_device
 
 
@@ -50,13 +50,20 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         (grad,) = grads
-        acc = acc_dtype(grad.dtype)  # a sum over ranks in bf16 would round at every step
-        padded = grad.new_zeros(len(ctx.sizes), max(ctx.sizes), *grad.shape[1:], dtype=acc)
-        for block, part in zip(padded, grad.split(ctx.sizes), strict=True):
-            block[: len(part)] = part
-        mine = torch.empty_like(padded[0])
-        dist.reduce_scatter(mine, list(padded), group=ctx.group)
-        return mine[: ctx.sizes[dist.get_rank(ctx.group)]].to(grad.dtype), None, None
+        with torch.no_grad():
+            mine = _scatter(grad, ctx.sizes, ctx.group)
+        return *first_order([mine], [grad]), None, None
+
+
+def _scatter(grad: Tensor, sizes: list[int], group: dist.ProcessGroup) -> Tensor:
+    """The sum over ranks of this rank's rows."""
+    acc = acc_dtype(grad.dtype)  # in bf16 it would round at every step
+    padded = grad.new_zeros(len(sizes), max(sizes), *grad.shape[1:], dtype=acc)
+    for block, part in zip(padded, grad.split(sizes), strict=True):
+        block[: len(part)] = part
+    mine = torch.empty_like(padded[0])
+    dist.reduce_scatter(mine, list(padded), group=group)
+    return mine[: sizes[dist.get_rank(group)]]
 
 
 def gather_rows(x: Tensor, sizes: list[int], group: dist.ProcessGroup) -> Tensor:
@@ -129,8 +136,9 @@ class _RingRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        with torch.autocast(grads[0].device.type, enabled=False):
-            return _RingRows.sweep_back(ctx, grads[0])
+        with torch.no_grad(), torch.autocast(grads[0].device.type, enabled=False):
+            found = _RingRows.sweep_back(ctx, grads[0])
+        return *first_order(found, ctx.saved_tensors[:4]), *[None] * 6
 
     @staticmethod
     def sweep_back(ctx, grad: Tensor):
@@ -163,8 +171,7 @@ class _RingRows(torch.autograd.Function):
         assert home is not None
         (dk,) = home.wait()
         dq, dhard, dtemperature = pairs.gradients(dq, dk[: len(q)], mass, weight, total)
-        found = (dq, dk, dhard, dtemperature)
-        return *(g.to(x.dtype) for g, x in zip(found, (q, k, hard, temperature), strict=True)), *[None] * 6
+        return dq, dk, dhard, dtemperature
 
 
 def ring_rows(

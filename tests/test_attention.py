@@ -373,11 +373,10 @@ def test_offsets_beyond_the_tensors_are_refused(bad):
     cu = torch.cat([cu, cu.new_full((len(bad) - 2,), 4)])
     bad = torch.tensor(bad, dtype=torch.int32)
     for offsets in ((bad, cu), (cu, bad)):
-        with pytest.raises(ValueError, match=r"must rise(, got| from 0 to 4, got) \["):
+        with pytest.raises(ValueError, match=r"must rise from 0 to 4, got \["):
             flash_attn_varlen_func(q, k, v, *offsets)
-    with pytest.raises(ValueError, match=r"must rise from 0 to 4, got \[0, 3\]"):
-        short = torch.tensor([0, 3], dtype=torch.int32)
-        flash_attn_varlen_func(q, k, v, short, short, alibi_slopes=torch.ones(2))
+        with pytest.raises(ValueError, match=r"must rise from 0 to 4, got \["):
+            flash_attn_varlen_func(q, k, v, *offsets, alibi_slopes=torch.ones(2))
 
 
 def test_dense_batches_that_do_not_fit_are_refused():

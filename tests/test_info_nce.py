@@ -581,6 +581,16 @@ def _check_overlap(world: int) -> None:
     assert events == [*keys, *gradient, *later, "sweep", "wait", "send", "wait"], events
 
 
+def _check_second_derivatives() -> None:
+    """Regression: that of gathering keys, or of the ring, was taken for 0."""
+    for options in ({"exchange": "ring"}, {"exchange": "all_gather", "backend": "dense"}):
+        query, key = torch.randn(2, 4, 8).requires_grad_()
+        loss = info_nce(query, key, group=dist.group.WORLD, **options)
+        [first] = torch.autograd.grad(loss, key, create_graph=True)
+        with pytest.raises(NotImplementedError, match="no second derivative"):
+            first.square().sum().backward()
+
+
 def _main(store: str, *numbers: str) -> None:
     *sizes, rank = map(int, numbers)
     dist.init_process_group("gloo", store=dist.FileStore(store, len(sizes)), rank=rank, world_size=len(sizes))
@@ -589,6 +599,7 @@ def _main(store: str, *numbers: str) -> None:
         _check_gather(rank, sizes)
         _check_exchanges()
         _check_overlap(len(sizes))
+        _check_second_derivatives()
         dist.barrier()  # nobody leaves while another still reads
     finally:
         dist.destroy_process_group()

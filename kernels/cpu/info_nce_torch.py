@@ -244,20 +244,20 @@ def sweep_gradients(
 
 
 class _FirstOrder(torch.autograd.Function):
-    """grad times what forward kept: a constant for autograd, which would take the second derivative for 0."""
+    """Gradients are constants for autograd, which would take their derivatives for 0."""
 
     @staticmethod
-    def forward(ctx, grad, *tensors):
-        count = len(tensors) // 2
-        return tuple((grad * g).to(x.dtype) for g, x in zip(tensors[:count], tensors[count:], strict=True))
+    def forward(ctx, count, *tensors):
+        return tuple(x.clone() for x in tensors[:count])
 
     @staticmethod
     def backward(ctx, *grads):
         raise NotImplementedError("info_nce has no second derivative")
 
 
-def scaled_gradients(grad: Tensor, kept: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Return the gradients that forward kept for its inputs times grad (), in the dtypes of the inputs."""
+def first_order(gradients: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Return gradients in the dtypes of their inputs; a derivative of them is refused."""
+    found = tuple(g.to(x.dtype) for g, x in zip(gradients, inputs, strict=True))
     if torch.is_grad_enabled():  # a graph of backward was asked for
-        return _FirstOrder.apply(grad, *kept, *inputs)  # pyright: ignore[reportReturnType]
-    return tuple((grad * g).to(x.dtype) for g, x in zip(kept, inputs, strict=True))
+        return _FirstOrder.apply(len(found), *found, *inputs)  # pyright: ignore[reportReturnType]
+    return found
