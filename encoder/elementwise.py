@@ -25,6 +25,7 @@ ACTIVATIONS = {
     for name in ("silu", "swish", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "quick_gelu")
 }
 OF_GELU = {type(ACT2FN[name]) for name in ("gelu", "gelu_pytorch_tanh")}
+CACHED = "max_seq_len_cached"  # the library's name for the length that dynamic RoPE's frequencies are for
 ROPES = {"default", "linear", "llama3", "yarn"}  # the others look at how long a batch's texts are
 
 
@@ -108,11 +109,18 @@ def alone_beyond(config: Any) -> int | None:
 def restore_rope(model: nn.Module) -> None:
     """Give dynamic RoPE the frequencies that it began with; the library keeps those of a longer text."""
     for module in model.modules():
-        known: Any = getattr(module, "original_max_seq_len", None)
-        if known is not None and module.max_seq_len_cached != known and hasattr(module, "original_inv_freq"):
-            first: Any = module.original_inv_freq
-            module.register_buffer("inv_freq", first.to(module.inv_freq.device), persistent=False)  # pyright: ignore
-            module.max_seq_len_cached = known  # pyright: ignore[reportAttributeAccessIssue]
+        known = getattr(module, "original_max_seq_len", None)
+        if known is None:
+            continue
+        kinds: Any = getattr(module, "rope_type", None)
+        for prefix in (
+            [f"{kind}_" for kind in kinds] if isinstance(kinds, dict) else [""]
+        ):  # one a type of layer
+            first, cached = (getattr(module, prefix + name, None) for name in ("original_inv_freq", CACHED))
+            if first is not None and cached is not None and cached != known:
+                now = getattr(module, f"{prefix}inv_freq")
+                module.register_buffer(f"{prefix}inv_freq", first.to(now.device), persistent=False)
+                setattr(module, prefix + CACHED, known)
 
 
 @functools.cache

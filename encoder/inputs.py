@@ -191,10 +191,12 @@ class PackedTransformer(Transformer):
         ours = ("prompt_mask", "lengths")
         model_inputs = {name: value for name, value in features.items() if name not in ours}
         ids, mask = model_inputs.get("input_ids"), model_inputs.get("attention_mask")
-        tokenizer, embeddings = cast(Any, self.tokenizer), cast(Any, self.model.get_input_embeddings())
-        unknown = (tokenizer.pad_token_id or 0) >= embeddings.num_embeddings
-        if ids is not None and mask is not None and unknown:
-            model_inputs["input_ids"] = ids.masked_fill(mask == 0, 0)  # a pad token without an embedding
+        if ids is not None and mask is not None:
+            tokenizer, embeddings = cast(Any, self.tokenizer), cast(Any, self.model.get_input_embeddings())
+            if (tokenizer.pad_token_id or 0) >= embeddings.weight.shape[
+                0
+            ]:  # a pad token without an embedding
+                model_inputs["input_ids"] = ids.masked_fill(mask == 0, 0)
         if alone_beyond(self.model.config) is not None:
             restore_rope(self.model)
         if "cu_seq_lens_q" in features and self.model_forward_params is None and self._can_flatten_inputs():
@@ -233,29 +235,27 @@ class PackedTransformer(Transformer):
                 alone = tokenizer(list(prompts), **options)["input_ids"]
                 skipped = [_common(*pair) for pair in zip(alone, ids, strict=True)]
         limit = max_length or self.max_seq_length or sys.maxsize
-        long = self._cut(ids, skipped, limit)
-        head, tail = added_tokens(tokenizer) if long else ([], [])
-        for i, row in enumerate(ids):
-            before = skipped[i] if skipped else 0
-            added = (max(before, len(head)), len(tail)) if len(row) >= limit else (before, 0)
-            if len(row) <= sum(added):
-                raise ValueError(
-                    f"no token of {texts[i]!r} is left to pool: {len(row)} tokens, {before} of "
-                    f"them the prompt's, limit {limit}. Raise max_seq_length or shorten the prompt."
-                )
-        return TokenizedTexts(ids, skipped, len(long))
+        return TokenizedTexts(ids, skipped, self._cut(ids, skipped, limit, texts))
 
     def take_tokens(self, rows: Sequence[Sequence[int]]) -> TokenizedTexts:
-        """Return token ids that a caller has made as `tokenize_texts` would have, without a prompt."""
+        """Return token ids that a caller has made as `tokenize_texts` would have, without a prompt.
+
+        Raises:
+            ValueError: nothing is left to pool of a row, once it is cut.
+        """
         ids, skipped = [list(row) for row in rows], None
         if self.template is not None:
             head = added_tokens(self.tokenizer)[0]
             skipped = [len(head) if row[: len(head)] == head else 0 for row in ids]
-        long = self._cut(ids, skipped, self.max_seq_length or sys.maxsize)
-        return TokenizedTexts(ids, skipped, len(long))
+        return TokenizedTexts(ids, skipped, self._cut(ids, skipped, self.max_seq_length or sys.maxsize))
 
-    def _cut(self, ids: list[list[int]], skipped: list[int] | None, limit: int) -> list[int]:
-        """Cut what is longer than the limit, inside what the tokenizer puts around a text; return which."""
+    def _cut(
+        self, ids: list[list[int]], skipped: list[int] | None, limit: int, texts: Sequence[str] = ()
+    ) -> int:
+        """Cut what is longer than the limit, inside what the tokenizer puts around a text; return how many.
+
+        The error where nothing is left of a text shows it, where it is given.
+        """
         tokenizer: Any = self.tokenizer
         long = [i for i, row in enumerate(ids) if len(row) > limit]
         head, tail = added_tokens(tokenizer) if long else ([], [])
@@ -266,7 +266,16 @@ class PackedTransformer(Transformer):
                 ids[i] = [*head, *ids[i][len(ids[i]) - limit + len(head) :]]
             else:
                 ids[i] = [*ids[i][: max(limit - len(tail), 0)], *tail]
-        return long
+        for i, row in enumerate(ids):
+            before = skipped[i] if skipped else 0
+            added = (max(before, len(head)), len(tail)) if len(row) >= limit else (before, 0)
+            if len(row) <= sum(added):
+                which = repr(texts[i]) if texts else f"text {i}"
+                raise ValueError(
+                    f"no token of {which} is left to pool: {len(row)} tokens, {before} of "
+                    f"them the prompt's, limit {limit}. Raise max_seq_length or shorten the prompt."
+                )
+        return len(long)
 
     def prompt_joins_text(self, prompt: str) -> bool:
         """Whether the end of a prompt becomes one token with some common word behind it."""

@@ -528,7 +528,7 @@ class Encoder(SentenceTransformer):
         if self._quantized:
             raise ValueError("int8 weights are not saved: save before quantize(), and quantize when serving")
         if getattr(self.backbone, "_hf_peft_config_loaded", False):  # training may go on with it
-            merged = copy.deepcopy(self)
+            merged = self._copied_to_cpu()
             merged.merge()  # an adapter saved alone would come back causal
             merged.save(path, model_name, *args, **kwargs)
             return
@@ -545,6 +545,15 @@ class Encoder(SentenceTransformer):
                     text.replace(self._model_card_model_id_placeholder, model_name), encoding="utf8"
                 )
         self._warn_of_plain_reload()
+
+    def _copied_to_cpu(self) -> Encoder:
+        """A copy that takes no memory of the device, which may have none left."""
+        memo = {}
+        for tensor in (*self.parameters(), *self.buffers()):
+            copied = tensor.detach().to("cpu", copy=True)
+            known = isinstance(tensor, torch.nn.Parameter)
+            memo[id(tensor)] = torch.nn.Parameter(copied, tensor.requires_grad) if known else copied
+        return copy.deepcopy(self, memo)
 
     def _warn_of_plain_reload(self) -> None:
         """Say where plain sentence-transformers attends otherwise than this package, or pools others."""

@@ -191,6 +191,25 @@ def test_a_teacher_trained_further_in_its_folder_is_another(tiny_checkpoint, tmp
     assert not stage.wrote(tmp_path / "vectors.npy")
 
 
+def test_of_several_teachers_each_is_known_by_its_weights(tiny_checkpoint, tmp_path):
+    """Regression: one whose files are not here, as the hub's, let every other one pass."""
+    stage = Distill(teacher=[str(tiny_checkpoint), "nobody/model"], vectors=str(tmp_path / "v.npy"))
+    np.save(tmp_path / "v.npy", np.ones((2, 2)))
+    note = {**stage._teacher(), "texts": "any"}
+    for changed, same in ((note["weights"], True), ([["other"], []], False), ([[], ["of now"]], True)):
+        (tmp_path / "v.npy.json").write_text(json.dumps({**note, "weights": changed}))
+        assert stage.wrote(tmp_path / "v.npy") == same
+
+
+def test_whole_vectors_are_trained_whatever_encode_cuts_them_to(tiny_checkpoint, tmp_path):
+    """Regression: the dimension was taken for that of `truncate_dim`, and the first step failed."""
+    encoder = Encoder.from_pretrained(tiny_checkpoint, device="cpu", dtype="float32")
+    encoder.truncate_dim = 8
+    np.save(tmp_path / "vectors.npy", bag_of_words(8))
+    train(encoder, Distill(vectors=str(tmp_path / "vectors.npy"), max_steps=1, **FAST), TEXTS, tmp_path / "r")
+    assert encoder[2].linear.out_features == 8
+
+
 def test_an_interrupted_run_puts_the_map_back_as_it_was(tiny_checkpoint, tmp_path):
     """Regression: the one it replaced was turned to float32, and the same call was refused."""
     np.save(tmp_path / "vectors.npy", bag_of_words(16))

@@ -12,7 +12,13 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from uncausal import Encoder
 from uncausal.bench.families import FAMILIES, tiny_model
-from uncausal.encoder.elementwise import ACTIVATIONS, OF_GELU, by_whole_vectors, use_whole_vectors
+from uncausal.encoder.elementwise import (
+    ACTIVATIONS,
+    OF_GELU,
+    by_whole_vectors,
+    restore_rope,
+    use_whole_vectors,
+)
 
 
 @pytest.fixture
@@ -157,3 +163,16 @@ def test_dynamic_rope_forgets_longer_texts(tiny_llama, tmp_path):
     alone = [Encoder.from_pretrained(tmp_path / "dynamic", **options).encode(text) for text in texts]
     for found in (encoder.encode(texts), encoder.encode(texts[::-1])[::-1]):
         np.testing.assert_array_equal(found, alone)
+
+
+def test_dynamic_rope_of_each_type_of_layer_is_restored():
+    """Regression: where layers of two types have tables of their own, they kept those of the longest text."""
+    rope = torch.nn.Module()
+    rope.rope_type, rope.original_max_seq_len = {"full": "dynamic", "sliding": "default"}, 8
+    for kind in rope.rope_type:
+        rope.register_buffer(f"{kind}_inv_freq", torch.zeros(2))
+        setattr(rope, f"{kind}_original_inv_freq", torch.ones(2))
+    rope.full_max_seq_len_cached = torch.tensor(20)
+    restore_rope(rope)
+    assert rope.full_inv_freq.tolist() == [1, 1] and rope.full_max_seq_len_cached == 8
+    assert rope.sliding_inv_freq.tolist() == [0, 0]

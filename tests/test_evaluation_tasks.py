@@ -230,6 +230,18 @@ def test_a_default_prompt_of_documents_stays_theirs():
     assert dict(model.calls) == {"query: ": ["zero"], None: ["ten", "zero"]}
 
 
+def test_a_default_prompt_of_every_text_is_for_both_sides():
+    """Regression: it was left out before documents alone."""
+    model = Planted(ANGLES, {"all": "all: "})
+    model.default_prompt_name = "all"
+    encode_once(model, [asymmetric()])
+    assert [(prompt, sorted(texts)) for prompt, texts in model.calls] == [(None, ["ten", "zero"])]
+    model.prompts, model.default_prompt_name = {"query": "", "document": "d: "}, "document"
+    model.calls.clear()
+    encode_once(model, [asymmetric()])
+    assert dict(model.calls) == {"": ["zero"], "d: ": ["ten", "zero"]}
+
+
 def test_what_is_not_finite_or_has_no_correlation_has_no_score():
     """Regression: NaN in the table, and in what a program would read as JSON."""
     pairs = [ScoredPair("zero", "ten", 1.0), ScoredPair("zero", "zero", 1.0)]

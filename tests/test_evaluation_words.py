@@ -118,6 +118,16 @@ def planted(seed, count=40):
     return [np.stack([centres[tag] for tag in row]) for row in tags], tags
 
 
+def test_states_that_are_not_finite_have_no_score(smollm2, tmp_path):
+    """Regression: they were scored, and kept."""
+    encoder = Encoder.from_pretrained(smollm2, num_layers=1, dtype="float32", device="cpu")
+    with torch.no_grad():
+        encoder.backbone.norm.weight.fill_(torch.inf)
+    with pytest.raises(ValueError, match="sentence 0: the model's states are not finite"):
+        word_states(encoder, SENTENCES[:1], cache_dir=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_probe_learns_what_is_linear_and_no_more():
     (train, tags), (test, gold) = planted(0), planted(1)
     assert probe(train, tags, test, steps=600, learning_rate=1e-2) == gold

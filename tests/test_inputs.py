@@ -360,10 +360,12 @@ def test_limit_without_room_for_the_text_is_refused(tiny_llama, pooling, limit, 
 
 
 def test_limit_below_what_stands_behind_the_text_is_refused(tiny_llama):
-    """Regression: such a text became longer than it was."""
+    """Regression: such a text became longer than it was; token ids passed, all with one vector."""
     encoder = load(tiny_llama, pooling="last_token", template="{text} said", max_seq_length=1)
     with pytest.raises(ValueError, match="no token of 'hello world' is left to pool"):
         encoder.encode(["hello world"])
+    with pytest.raises(ValueError, match=r"no token of text 0 is left to pool"):
+        encoder[0].take_tokens([[5, 6, 7]])
 
 
 @pytest.mark.parametrize("attention", ["uncausal", "sdpa"])

@@ -139,6 +139,15 @@ def test_adapter_of_a_causal_task_is_merged(tiny_llama, tmp_path):
     )
 
 
+@pytest.mark.parametrize("attention", ["uncausal", "sdpa"])
+def test_an_adapter_of_the_embeddings_encodes(tiny_llama, attention):
+    """Regression: the layer that peft puts in their place has no number of embeddings."""
+    encoder = Encoder.from_pretrained(tiny_llama, device="cpu", dtype="float32", attention=attention)
+    before = encoder.encode(["a fox", "the lazy dog"])
+    encoder.add_adapter(LoraConfig(r=2, target_modules=["q_proj", "embed_tokens"]))
+    np.testing.assert_allclose(encoder.encode(["a fox", "the lazy dog"]), before, atol=1e-6)
+
+
 def test_saving_leaves_an_attached_adapter_to_be_trained(tiny_llama, tmp_path):
     """Regression: a trainer's first checkpoint merged it, and the next step had nothing to train."""
     encoder = Encoder.from_pretrained(tiny_llama, **CPU)

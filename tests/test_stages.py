@@ -139,7 +139,11 @@ def test_mntp_head_tied_and_untied(checkpoint, tmp_path):
         ),
         (
             lambda: SimCSE(compile_layers=True, trainer_arguments={"torch_compile": True}),
-            "compile_layers is True; it must be off where the Trainer compiles the whole model",
+            "compile_layers is True; it must be off with torch_compile",
+        ),
+        (
+            lambda: SimCSE(compile_layers=True, trainer_arguments={"activation_checkpointing": True}),
+            "compile_layers is True; it must be off with activation_checkpointing",
         ),
         (
             lambda: SimCSE(compile_layers=True, gradient_checkpointing=True),

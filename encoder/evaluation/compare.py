@@ -214,20 +214,23 @@ def encode_once(
     return EncodedTexts(torch.cat(parts), {key: row for row, key in enumerate(keys)}, seconds, prompts)
 
 
-def no_prompt(model: SentenceTransformer) -> str | None:
-    """What `encode` is given for a document that has no prompt: None asks for the model's default one."""
-    of_documents = (None, DOCUMENT, "passage", "corpus")  # by the library's names
-    return None if model.default_prompt_name in of_documents else ""
+def no_prompt(model: SentenceTransformer, side: str = DOCUMENT) -> str | None:
+    """What `encode` is given for a side without a prompt of its own: None asks for the model's default one.
+
+    By its name that may be the other side's, and then it is none of this one.
+    """
+    default = model.default_prompt_name or ""
+    of_documents = default in (DOCUMENT, "passage", "corpus")  # by the library's names
+    return "" if (of_documents if side == QUERY else QUERY in default) else None
 
 
 def _prompts(model: SentenceTransformer, task: Task, instruct: str | None) -> dict[str, str | None]:
     """The prompt of each side: the instruction before queries, or the model's own if the sides differ."""
-    none = no_prompt(model)
     if instruct is not None:
-        return {QUERY: instruct.format(instruction=task.instruction), DOCUMENT: none}
+        return {QUERY: instruct.format(instruction=task.instruction), DOCUMENT: no_prompt(model)}
     if DOCUMENT not in task.texts():
         return {QUERY: None}
-    return {QUERY: model.prompts.get(QUERY) or None, DOCUMENT: model.prompts.get(DOCUMENT) or none}
+    return {side: model.prompts.get(side) or no_prompt(model, side) for side in (QUERY, DOCUMENT)}
 
 
 def bootstrap(name: str, measurement: Measurement, resamples: int = 1000) -> np.ndarray:

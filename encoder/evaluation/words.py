@@ -22,6 +22,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from uncausal.encoder.batching import token_batches
+from uncausal.encoder.elementwise import alone_beyond
 from uncausal.encoder.evaluation.compare import Evaluation, Measured, Models, compare
 from uncausal.encoder.evaluation.tasks import Measurement
 from uncausal.encoder.files import staged_file
@@ -209,8 +210,11 @@ def _compute(
 ) -> list[np.ndarray]:
     model.eval()
     result: list[np.ndarray] = [np.empty(0)] * len(tokens)
-    for batch in token_batches([len(sentence.ids) for sentence in tokens], batch_tokens):
+    alone = alone_beyond(model[0].config)  # type: ignore[union-attr]
+    for batch in token_batches([len(sentence.ids) for sentence in tokens], batch_tokens, alone=alone):
         for index, states in zip(batch, _states(model, [tokens[i].ids for i in batch]), strict=True):
+            if not states.isfinite().all():
+                raise ValueError(f"sentence {index}: the model's states are not finite")
             if shift:
                 states = torch.cat([states[:1], states[:-1]])
             result[index] = torch.stack([states[a:b].mean(0) for a, b in tokens[index].spans]).numpy()

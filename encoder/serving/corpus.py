@@ -146,8 +146,10 @@ def encode_corpus(
     encoded = found = tokens = shards = total = 0
     digests: list[str] = []
     start = time.perf_counter()
+    batches = chain(first, parts)
+    del first  # or its rows would stay to the end
     with tqdm(desc="Encoding", unit="text", disable=not show_progress_bar) as bar:
-        for number, batch in chain(first, parts):
+        for number, batch in batches:
             if number % turns == turn:
                 if is_done(output, number, batch, made_by):
                     found += len(batch)

@@ -268,7 +268,10 @@ class Service:
             for number, row in enumerate(texts):
                 if max(row) >= vocabulary:
                     raise Refused(422, f"text {number}: token {max(row)} is not below {vocabulary}")
-            ids, prompts, truncated = transformer.take_tokens(texts)
+            try:
+                ids, prompts, truncated = transformer.take_tokens(texts)
+            except ValueError as error:
+                raise Refused(422, str(error)) from None
         if truncated and not cut:
             raise Refused(
                 422,

@@ -79,7 +79,7 @@ def run_recipe(
     """
     steps, stages = recipe.with_data(data, data_dir), Path(output) / "stages"
     name = str(model or recipe.model)
-    check_teachers(steps, stages, resume)
+    check_teachers(steps, stages, resume, model)
     with torch.random.fork_rng():  # new weights, as latent pooling's, are the same for the same call again
         torch.manual_seed(0)
         encoder = Encoder.from_pretrained(name, **recipe.loading(options))
@@ -115,8 +115,12 @@ def run_recipe(
     return encoder
 
 
-def check_teachers(steps: Sequence[Step], stages: Path, resume: bool = True) -> None:
+def check_teachers(
+    steps: Sequence[Step], stages: Path, resume: bool = True, model: str | Path | None = None
+) -> None:
     """Miss an installed package that a teacher is in now, and not when its stage comes.
+
+    `model` stands in place of those of recipes that teach, as in `run_recipe`.
 
     Raises:
         FileNotFoundError: there is no such package, and the stage's vectors are not there either.
@@ -130,8 +134,9 @@ def check_teachers(steps: Sequence[Step], stages: Path, resume: bool = True) -> 
             if not teacher.startswith(RECIPE):
                 local_path(teacher)
             elif not (resume and (folder / TEACHERS / str(place) / RESULT).exists()):
-                taught = folder / TEACHERS / str(place) / "stages"
-                check_teachers(load_recipe(teacher.removeprefix(RECIPE)).steps, taught, resume)
+                taught = load_recipe(teacher.removeprefix(RECIPE))
+                local_path(str(model or taught.model))
+                check_teachers(taught.steps, folder / TEACHERS / str(place) / "stages", resume, model)
 
 
 def set_pooling(encoder: Encoder, step: Step) -> None:

@@ -110,6 +110,7 @@ def train(
     with only_run(Path(output_dir)), _modules_as_before(encoder):
         result = _train(encoder, stage, data, Path(output_dir), resume, eval, loss, callbacks, progress)
     encoder.eval()
+    encoder._model_card_text = None  # that of what it was
     if eval is not None:
         result.metrics = {name: float(value) for name, value in eval(encoder).items()}
     return result

@@ -25,6 +25,8 @@ from uncausal.encoder.training.samplers import LengthGrouped
 from uncausal.encoder.training.trainer import PairTrainer, StageTrainer, autocast_forward
 
 LossFactory = Callable[[SentenceTransformer], nn.Module]
+AGAINST_COMPILED_LAYERS = ("activation_checkpointing", "gradient_checkpointing")  # draws other dropout
+AGAINST_COMPILED_LAYERS += ("torch_compile", "torch_compile_backend", "torch_compile_mode")  # compile all
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt")
 
 
@@ -118,11 +120,9 @@ class Stage:
         self._require("lr_scheduler_type", known, f"one of {', '.join(SCHEDULES)}")
         self._require("optim", self.optim in {*OptimizerNames}, "an optimiser of the Trainer, as adamw_torch")
         if self.compile_layers:
-            self._require(
-                "compile_layers", not self.gradient_checkpointing, "off with gradient_checkpointing"
-            )
-            whole = self.trainer_arguments.get("torch_compile")
-            self._require("compile_layers", not whole, "off where the Trainer compiles the whole model")
+            others = [name for name in AGAINST_COMPILED_LAYERS if self.trainer_arguments.get(name)]
+            others += ["gradient_checkpointing"] * self.gradient_checkpointing
+            self._require("compile_layers", not others, f"off with {', '.join(others)}")
         arguments = {argument.name for argument in fields(SentenceTransformerTrainingArguments)}
         unknown = sorted(self.trainer_arguments.keys() - arguments)
         self._require("trainer_arguments", not unknown, f"the Trainer's; it has no {', '.join(unknown)}")
@@ -284,6 +284,12 @@ class PairStage(Stage):
         return PairTrainer(model=encoder, args=args, train_dataset=dataset, loss=loss, data_collator=collator)
 
 
+def trained_width(encoder: SentenceTransformer) -> int:
+    """The dimension of the vectors that a stage sees: whole ones, whatever `truncate_dim` says."""
+    with encoder.truncate_embeddings(None):
+        return encoder.get_embedding_dimension() or 0
+
+
 @dataclass(kw_only=True)
 class InfoNCEStage(PairStage):
     """A stage whose loss is InfoNCE: the positive against negatives, mostly the batch's other texts.
@@ -324,7 +330,7 @@ class InfoNCEStage(PairStage):
 
     def make_loss(self, encoder: SentenceTransformer, dataset: Any = None, **options: Any) -> nn.Module:
         """Return the loss of a batch's columns; `options` are further ones of `InfoNCELoss`."""
-        width = encoder.get_embedding_dimension() or 0
+        width = trained_width(encoder)
         fits = max(self.matryoshka_dims, default=0) <= width
         self._require("matryoshka_dims", fits, f"at most the encoder's {width} dimensions")
         return InfoNCELoss(

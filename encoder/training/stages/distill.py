@@ -26,7 +26,7 @@ from uncausal.encoder.data.texts import read_texts
 from uncausal.encoder.files import staged_file
 from uncausal.encoder.loading import load_model, local_path
 from uncausal.encoder.training.ranks import together
-from uncausal.encoder.training.stages.base import PairStage
+from uncausal.encoder.training.stages.base import PairStage, trained_width
 from uncausal.encoder.whitening import LinearMap, append_linear, unnormalized
 from uncausal.kernels.latent_pooling import kept_folds
 
@@ -85,8 +85,7 @@ class Distill(PairStage):
             raise DataError("Distill needs texts; found none")
         self.check_size("the data hold", len(texts))
         targets = self.targets(texts, str(encoder.device))
-        width, wanted = encoder.get_embedding_dimension(), targets.shape[1]
-        assert width is not None
+        width, wanted = trained_width(encoder), targets.shape[1]
         mapped = width != wanted if self.linear_map is None else self.linear_map
         if width != wanted and not mapped:
             raise ValueError(
@@ -161,9 +160,13 @@ class Distill(PairStage):
         if not (file.exists() and note.exists()):
             return False
         known, wanted = json.loads(note.read_text()), self._teacher()
-        if not all(known.get("weights") or [None]) or not all(wanted["weights"] or [None]):
-            del wanted["weights"]  # of a teacher whose files are not here: its name has to do
-        return {name: known.get(name) for name in wanted} == wanted
+        weights = [told.pop("weights", None) for told in (known, wanted)]
+        if {name: known.get(name) for name in wanted} != wanted:
+            return False
+        if len(self.teachers) == 1:
+            weights = [[each] for each in weights]
+        # of a teacher whose files are not here its name has to do
+        return all(a == b for a, b in zip(*(each or [] for each in weights), strict=False) if a and b)
 
     def _teacher(self) -> dict[str, Any]:
         """Whose vectors these are."""
@@ -211,7 +214,8 @@ class Distill(PairStage):
         return teacher
 
     def _encoded(self, teacher: SentenceTransformer, texts: list[str]) -> np.ndarray:
-        return teacher.encode(texts, prompt=self.teacher_prompt, convert_to_numpy=True).astype(np.float32)
+        options: Any = {"convert_to_numpy": True, "show_progress_bar": False}
+        return teacher.encode(texts, prompt=self.teacher_prompt, **options).astype(np.float32)
 
     def make_loss(self, encoder: SentenceTransformer, dataset: Any = None) -> nn.Module:
         return UnitDistance(encoder, self.mini_batch_size if self.embeds_twice else None)
