@@ -19,7 +19,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt Makefile
 demo: setup
 	$(BIN)/uncausal demo
 
-# The best small encoder without a model from outside, in about an hour on two CPU cores: `make encoder DATA=DIR`; without
+# The best small encoder without a model from outside, in some 75 minutes on two CPU cores: `make encoder DATA=DIR`; without
 # DATA from sets of the hub. An interrupted run goes on where it stopped.
 ENCODER ?= my-encoder
 encoder: setup
