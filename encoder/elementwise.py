@@ -112,10 +112,9 @@ def restore_rope(model: nn.Module) -> None:
         known = getattr(module, "original_max_seq_len", None)
         if known is None:
             continue
-        kinds: Any = getattr(module, "rope_type", None)
-        for prefix in (
-            [f"{kind}_" for kind in kinds] if isinstance(kinds, dict) else [""]
-        ):  # one a type of layer
+        kinds: Any = getattr(module, "rope_type", None)  # of several, one a type of layer
+        prefixes = [f"{kind}_" for kind in kinds] if isinstance(kinds, dict) else [""]
+        for prefix in prefixes:
             first, cached = (getattr(module, prefix + name, None) for name in ("original_inv_freq", CACHED))
             if first is not None and cached is not None and cached != known:
                 now = getattr(module, f"{prefix}inv_freq")

@@ -335,6 +335,14 @@ def test_layers_are_not_compiled_without_a_compiler(checkpoint, tmp_path, monkey
     assert "no C++ compiler" in caplog.text
 
 
+def test_a_stage_leaves_no_model_card_of_what_was_before(checkpoint, tmp_path):
+    """Regression: MNTP, which has no trainer of the library's, kept the old encoder's card."""
+    encoder = load(checkpoint)
+    encoder._model_card_text = "what it was"
+    train(encoder, MNTP(max_steps=1, batch_size=4, chunk_tokens=8, **FAST), TEXTS, tmp_path, progress=False)
+    assert encoder._model_card_text is None
+
+
 def test_a_missing_compiler_is_noticed(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     torch._dynamo.reset()

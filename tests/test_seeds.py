@@ -1,8 +1,11 @@
 """The table of several seeds' runs."""
 
+import json
+import sys
+
 import pytest
 
-from uncausal.bench.trials.seeds import t_interval, table
+from uncausal.bench.trials.seeds import main, t_interval, table
 
 
 def run(name: str, score: float, other: str = "peer") -> dict:
@@ -35,3 +38,19 @@ def test_runs_that_cannot_be_compared_are_refused():
             table([run("a", 70), second])
     with pytest.raises(ValueError, match="two of the files hold the same run"):
         table([run("a", 70), run("a", 70)])
+
+
+def test_a_file_of_something_else_is_named(tmp_path, monkeypatch, capsys):
+    """Runs are read from files, in their order; one that holds no evaluation is told by its name."""
+    for name, score in (("a", 70), ("b", 72)):
+        (tmp_path / name).write_text(json.dumps(run(name, score)))
+    monkeypatch.setattr(sys, "argv", ["seeds", str(tmp_path / "b"), str(tmp_path / "a")])
+    main()
+    assert "| sts | 72.0 | 70.0 | 71.0 |" in capsys.readouterr().out
+    for content in ("[1]", "{}", "no JSON", '{"models": []}'):
+        (tmp_path / "a").write_text(content)
+        with pytest.raises(SystemExit):
+            main()
+        assert (
+            f"{tmp_path / 'a'}: not what `uncausal eval --suite mini --out` wrote" in capsys.readouterr().err
+        )

@@ -189,6 +189,8 @@ def test_options_of_the_loss_reach_it(checkpoint):
         ValueError, match=r"matryoshka_dims is \[64, 8\]; it must be at most the encoder's 32"
     ):
         SimCSE(matryoshka_dims=[64, 8]).make_loss(encoder)
+    encoder.truncate_dim = 8  # of `encode` alone
+    assert SimCSE(matryoshka_dims=[32, 8]).make_loss(encoder)
 
 
 def test_matryoshka_trains_every_prefix(checkpoint, tmp_path):

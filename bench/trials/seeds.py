@@ -26,7 +26,24 @@ LEVEL = 0.95
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("files", nargs="+", type=Path, help="what `uncausal eval --out` wrote, a file a run")
-    print(table([json.loads(file.read_text()) for file in parser.parse_args().files]))
+    try:
+        print(table([read(file) for file in parser.parse_args().files]))
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+
+
+def read(file: Path) -> dict[str, Any]:
+    """Read what `uncausal eval --suite mini --out` wrote.
+
+    Raises:
+        ValueError: the file holds something else.
+    """
+    try:
+        run = json.loads(file.read_text())
+        rows(run)
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError):
+        raise ValueError(f"{file}: not what `uncausal eval --suite mini --out` wrote") from None
+    return run
 
 
 def table(runs: Sequence[dict[str, Any]]) -> str:
