@@ -128,6 +128,15 @@ def test_states_that_are_not_finite_have_no_score(smollm2, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_texts_beyond_a_varying_rope_stand_alone(encoder, monkeypatch):
+    """Regression: one long sentence turned the positions of all beside it, and their states were kept."""
+    sizes, real = [], words._states
+    monkeypatch.setattr(words, "alone_beyond", lambda config: 1)
+    monkeypatch.setattr(words, "_states", lambda model, ids: (sizes.append(len(ids)), real(model, ids))[1])
+    word_states(encoder, [*SENTENCES, ["so"]])
+    assert sizes == [1, 1, 2]  # of which the last are of one token each
+
+
 def test_probe_learns_what_is_linear_and_no_more():
     (train, tags), (test, gold) = planted(0), planted(1)
     assert probe(train, tags, test, steps=600, learning_rate=1e-2) == gold
