@@ -26,7 +26,7 @@ encoder: setup
 	$(BIN)/uncausal run encoder $(ENCODER) $(if $(DATA),--data-dir $(DATA),--variant hub)
 	@echo "The encoder is in $(ENCODER)/, and how it was made in $(ENCODER)/recipe.json"
 
-# Which orderings of the papers hold at 135 M parameters: `make study DATA=DIR`, some three hours on one core, fewer on two.
+# Which orderings of the papers hold at 135 M parameters: `make study DATA=DIR`, some six hours on one core, fewer on two.
 # An interrupted run goes on where it stopped; the teacher is for two of its rows.
 STUDY ?= study
 study: setup

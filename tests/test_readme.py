@@ -11,6 +11,7 @@ from sentence_transformers import SentenceTransformer
 
 import uncausal
 from uncausal.encoder.cli.main import main, parse
+from uncausal.encoder.data.local import SETS, TEXTS
 from uncausal.encoder.training.recipes import load_recipe
 
 ROOT = Path(__file__).parents[1]
@@ -118,3 +119,17 @@ def test_speeds_are_rows_of_the_results():
 @pytest.mark.parametrize("name", sorted(set(re.findall(r"from uncausal import (.*)", README))))
 def test_imported_names_are_public(name):
     assert set(name.split(", ")) <= set(uncausal.__all__)
+
+
+def test_data_page_names_every_folder_and_set():
+    page = (ROOT / "bench" / "DATA.md").read_text()
+    sources = [
+        ROOT / "encoder" / name for name in ("data/local.py", "evaluation/suite.py", "evaluation/words.py")
+    ]
+    folders = {
+        f
+        for s in sources
+        for f in re.findall(r"(?:root|data_dir|Path\(data_dir\)) / \"(\w+)\"", s.read_text())
+    }
+    assert len(folders) >= 15
+    assert {name for name in (*folders, *SETS, *TEXTS) if f"`{name}`" not in page} == set()
