@@ -271,9 +271,10 @@ class PackedTransformer(Transformer):
             added = (max(before, len(head)), len(tail)) if len(row) >= limit else (before, 0)
             if len(row) <= sum(added):
                 which = repr(texts[i]) if texts else f"text {i}"
+                advice = f", limit {limit}. Raise max_seq_length or shorten the prompt"
                 raise ValueError(
-                    f"no token of {which} is left to pool: {len(row)} tokens, {before} of "
-                    f"them the prompt's, limit {limit}. Raise max_seq_length or shorten the prompt."
+                    f"no token of {which} is left to pool: {len(row)} tokens, {before} of them "
+                    f"the prompt's{advice if len(row) >= limit else ''}"
                 )
         return len(long)
 

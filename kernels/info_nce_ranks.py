@@ -136,14 +136,15 @@ class _RingRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
+        saved = ctx.saved_tensors  # read once: a checkpoint unpacks once
         with torch.no_grad(), torch.autocast(grads[0].device.type, enabled=False):
-            found = _RingRows.sweep_back(ctx, grads[0])
-        return *first_order(found, ctx.saved_tensors[:4]), *[None] * 6
+            found = _RingRows.sweep_back(saved, *ctx.options, grads[0])
+        return *first_order(found, saved[:4]), *[None] * 6
 
     @staticmethod
-    def sweep_back(ctx, grad: Tensor):
-        q, k, hard, temperature, row_ids, col_ids, lse = ctx.saved_tensors
-        margin, sizes, group, (_, sweep_gradients) = ctx.options
+    def sweep_back(saved, margin, sizes, group, sweeps, grad: Tensor):
+        q, k, hard, temperature, row_ids, col_ids, lse = saved
+        _, sweep_gradients = sweeps
         world, rank = len(sizes), dist.get_rank(group)
         pairs = Pairs.of(q, k[: len(q)], hard, temperature, margin)
         weight, total = grad.contiguous(), torch.logaddexp(lse, pairs.pos)

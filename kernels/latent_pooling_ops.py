@@ -75,10 +75,9 @@ def _softmax_context(ctx, inputs, output):
 
 
 def _softmax_autograd(ctx, dprobs):
-    dx, dgain, dshift, dscore = _latent_softmax_backward(
-        dprobs, *ctx.saved_tensors, ctx.num_heads, ctx.backend
-    )
-    return dx, *_norm_gradients(ctx.saved_tensors[2], dgain, dshift), dscore, None, None
+    saved = ctx.saved_tensors  # read once: a checkpoint unpacks once
+    dx, dgain, dshift, dscore = _latent_softmax_backward(dprobs, *saved, ctx.num_heads, ctx.backend)
+    return dx, *_norm_gradients(saved[2], dgain, dshift), dscore, None, None
 
 
 def _norm_gradients(
@@ -150,9 +149,10 @@ def _mlp_pool_context(ctx, inputs, output):
 
 
 def _mlp_pool_autograd(ctx, dinner, douter):
-    grads = _latent_mlp_pool_backward(dinner, douter, *ctx.saved_tensors, ctx.gated, ctx.backend)
+    saved = ctx.saved_tensors
+    grads = _latent_mlp_pool_backward(dinner, douter, *saved, ctx.gated, ctx.backend)
     dx, dgain, dshift, dup, dbias = grads
-    return dx, *_norm_gradients(ctx.saved_tensors[1], dgain, dshift), dup, dbias, *(None,) * 5
+    return dx, *_norm_gradients(saved[1], dgain, dshift), dup, dbias, *(None,) * 5
 
 
 latent_mlp_pool.register_autograd(_mlp_pool_autograd, setup_context=_mlp_pool_context)

@@ -1,10 +1,12 @@
 """Corpora in shards: interrupted, resumed and shared runs write the bytes of an undisturbed one."""
 
+import gc
 import os
 import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -135,6 +137,25 @@ def test_an_encoders_own_prompt_and_dimension_hold_for_corpora(tiny_checkpoint, 
     np.testing.assert_allclose(table["embedding"].to_pylist(), own.encode([t for _, t in ROWS]), atol=1e-6)
     assert np.array(table["embedding"].to_pylist()).shape == (57, 8)
     assert "texts were longer than 6 tokens and were cut" in caplog.text
+
+
+def test_rows_are_let_go_shard_by_shard(encoder, tmp_path):
+    """Regression: those of the first shard stayed to the end."""
+
+    class Text(str):  # a weak reference needs a class of its own
+        pass
+
+    def drawn():
+        for id, text in ((id, Text(text)) for id, text in ROWS):
+            kept.append(weakref.ref(text))
+            if len(kept) == 41:
+                gc.collect()
+                alive.append([ref() is not None for ref in kept].index(True))
+            yield id, text
+
+    kept, alive = [], []
+    encode_corpus(encoder, drawn(), tmp_path / "out", SETTINGS)
+    assert alive[0] >= 30
 
 
 def test_other_settings_are_refused(encoder, whole, tmp_path):

@@ -199,6 +199,12 @@ def test_of_several_teachers_each_is_known_by_its_weights(tiny_checkpoint, tmp_p
     for changed, same in ((note["weights"], True), ([["other"], []], False), ([[], ["of now"]], True)):
         (tmp_path / "v.npy.json").write_text(json.dumps({**note, "weights": changed}))
         assert stage.wrote(tmp_path / "v.npy") == same
+    alone = Distill(teacher=str(tiny_checkpoint), vectors=str(tmp_path / "v.npy"))
+    note = {**alone._teacher(), "texts": "any"}
+    assert note["weights"]
+    for changed, same in ((note["weights"], True), ([*note["weights"], "more"], False), (None, True)):
+        (tmp_path / "v.npy.json").write_text(json.dumps({**note, "weights": changed}))
+        assert alone.wrote(tmp_path / "v.npy") == same
 
 
 def test_whole_vectors_are_trained_whatever_encode_cuts_them_to(tiny_checkpoint, tmp_path):

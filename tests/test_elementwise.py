@@ -167,12 +167,16 @@ def test_dynamic_rope_forgets_longer_texts(tiny_llama, tmp_path):
 
 def test_dynamic_rope_of_each_type_of_layer_is_restored():
     """Regression: where layers of two types have tables of their own, they kept those of the longest text."""
-    rope = torch.nn.Module()
-    rope.rope_type, rope.original_max_seq_len = {"full": "dynamic", "sliding": "default"}, 8
-    for kind in rope.rope_type:
-        rope.register_buffer(f"{kind}_inv_freq", torch.zeros(2))
-        setattr(rope, f"{kind}_original_inv_freq", torch.ones(2))
-    rope.full_max_seq_len_cached = torch.tensor(20)
-    restore_rope(rope)
-    assert rope.full_inv_freq.tolist() == [1, 1] and rope.full_max_seq_len_cached == 8
-    assert rope.sliding_inv_freq.tolist() == [0, 0]
+    kinds = {
+        "full_attention": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+    }
+    options = {**FAMILIES["gemma3_text"], "rope_parameters": kinds, "max_position_embeddings": 8}
+    backbone = tiny_model("gemma3_text", **options)
+    full, ids = torch.arange(8)[None], torch.arange(30)[None] % 9
+    with torch.no_grad():
+        before = backbone(input_ids=full)[0]
+        backbone(input_ids=ids)
+        assert not torch.equal(backbone(input_ids=full)[0], before)
+        restore_rope(backbone.rotary_emb)
+        assert torch.equal(backbone(input_ids=full)[0], before)

@@ -223,11 +223,16 @@ def test_a_default_prompt_is_not_for_documents(default, instruct):
     assert dict(model.calls) == {asked: ["zero"], "": ["ten", "zero"]}
 
 
-def test_a_default_prompt_of_documents_stays_theirs():
-    model = Planted(ANGLES, {"query": "query: ", "passage": "passage: "})
-    model.default_prompt_name = "passage"
+@pytest.mark.parametrize("default", ["passage", "search_document"])
+def test_a_default_prompt_of_documents_stays_theirs(default):
+    model = Planted(ANGLES, {"query": "query: ", default: "passage: "})
+    model.default_prompt_name = default
     encode_once(model, [asymmetric()])
     assert dict(model.calls) == {"query: ": ["zero"], None: ["ten", "zero"]}
+    model.prompts = {"search_query": "query: ", default: "passage: "}
+    model.calls.clear()
+    encode_once(model, [asymmetric()])
+    assert dict(model.calls) == {"": ["zero"], None: ["ten", "zero"]}
 
 
 def test_a_default_prompt_of_every_text_is_for_both_sides():

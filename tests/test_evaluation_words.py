@@ -126,12 +126,19 @@ def test_states_that_are_not_finite_have_no_score(smollm2, tmp_path):
     with pytest.raises(ValueError, match="sentence 0: the model's states are not finite"):
         word_states(encoder, SENTENCES[:1], cache_dir=tmp_path)
     assert not list(tmp_path.iterdir())
+    tokens = [words._tokenize(encoder.tokenizer, SENTENCES[0])]
+    kept = np.full((len(SENTENCES[0]), encoder.get_embedding_dimension()), np.nan, np.float32)
+    np.save(tmp_path / f"{words._address(encoder, tokens, False)}.npy", kept)  # by an earlier version
+    with pytest.raises(ValueError, match="sentence 0: the model's states are not finite"):
+        word_states(encoder, SENTENCES[:1], cache_dir=tmp_path)
 
 
 def test_texts_beyond_a_varying_rope_stand_alone(encoder, monkeypatch):
     """Regression: one long sentence turned the positions of all beside it, and their states were kept."""
     sizes, real = [], words._states
+    before = words._address(encoder, [], False)
     monkeypatch.setattr(words, "alone_beyond", lambda config: 1)
+    assert words._address(encoder, [], False) != before
     monkeypatch.setattr(words, "_states", lambda model, ids: (sizes.append(len(ids)), real(model, ids))[1])
     word_states(encoder, [*SENTENCES, ["so"]])
     assert sizes == [1, 1, 2]  # of which the last are of one token each

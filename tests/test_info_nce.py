@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from uncausal.bench import ladder
 from uncausal.bench.launches.host import operations
@@ -388,9 +389,12 @@ def test_rejects(change, error, message):
         info_nce(arguments.pop("query"), arguments.pop("key"), **arguments)
 
 
-@pytest.mark.parametrize(
+LOSSES = pytest.mark.parametrize(
     "loss", [info_nce, partial(info_nce_prefixes, dims=[4, 8])], ids=["whole", "prefixes"]
 )
+
+
+@LOSSES
 def test_a_second_derivative_is_refused(loss):
     """Regression: it was that of normalising the inputs alone, without a word."""
     q, k = torch.randn(2, 5, 8).requires_grad_()
@@ -398,6 +402,16 @@ def test_a_second_derivative_is_refused(loss):
     assert torch.equal(first, torch.autograd.grad(loss(q, k), q)[0])
     with pytest.raises(NotImplementedError, match="no second derivative"):
         first.square().sum().backward()
+
+
+@LOSSES
+def test_a_checkpoint_around_the_loss(loss):
+    """Regression: what is saved was read twice, which a checkpoint forbids."""
+    q, k, _, _ = inputs(6, 9, 8, 1)
+    plain, within = ([x.clone().requires_grad_() for x in (q, k)] for _ in range(2))
+    loss(*plain).backward()
+    checkpoint(loss, *within, use_reentrant=False).backward()
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(plain, within, strict=True))
 
 
 def test_ids_may_lie_apart(monkeypatch):
@@ -591,6 +605,15 @@ def _check_second_derivatives() -> None:
             first.square().sum().backward()
 
 
+def _check_checkpoint() -> None:
+    """Regression: the ring read what is saved twice, which a checkpoint forbids."""
+    tensors = [x.requires_grad_() for x in torch.randn(2, 4, 8)]
+    loss = partial(info_nce, group=dist.group.WORLD, exchange="ring")
+    plain = torch.autograd.grad(loss(*tensors), tensors)
+    within = torch.autograd.grad(checkpoint(loss, *tensors, use_reentrant=False), tensors)
+    assert all(torch.equal(a, b) for a, b in zip(plain, within, strict=True))
+
+
 def _main(store: str, *numbers: str) -> None:
     *sizes, rank = map(int, numbers)
     dist.init_process_group("gloo", store=dist.FileStore(store, len(sizes)), rank=rank, world_size=len(sizes))
@@ -600,6 +623,7 @@ def _main(store: str, *numbers: str) -> None:
         _check_exchanges()
         _check_overlap(len(sizes))
         _check_second_derivatives()
+        _check_checkpoint()
         dist.barrier()  # nobody leaves while another still reads
     finally:
         dist.destroy_process_group()

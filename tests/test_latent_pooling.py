@@ -2,10 +2,12 @@
 backends."""
 
 import contextlib
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from uncausal.bench import ladder
@@ -401,6 +403,18 @@ def op_arguments(gated=True, heads=2):
 def test_opcheck():
     for op, arguments in op_arguments():
         torch.library.opcheck(op, arguments)
+
+
+def test_a_checkpoint_around_the_layer():
+    """Regression: what is saved was read twice, which a checkpoint forbids."""
+    layer, (hidden, cu_seqlens, weights) = make_layer(), make_tokens([3, 5], 64)
+    found = []
+    for within in (False, True):
+        x = hidden.clone().requires_grad_()
+        run = partial(checkpoint, layer, use_reentrant=False) if within else layer
+        out = run(x, cu_seqlens, token_weights=weights)
+        found.append(torch.autograd.grad(out.square().sum(), [x, *layer.parameters()]))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_compile():

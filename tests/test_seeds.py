@@ -47,10 +47,16 @@ def test_a_file_of_something_else_is_named(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["seeds", str(tmp_path / "b"), str(tmp_path / "a")])
     main()
     assert "| sts | 72.0 | 70.0 | 71.0 |" in capsys.readouterr().out
-    for content in ("[1]", "{}", "no JSON", '{"models": []}'):
+    bare = {"model": "a", "families": {}, "tasks": {}}
+    scoreless = [{"models": [{**bare, "families": families}]} for families in ({}, {"sts": 70.0})]
+    for content in ("[1]", "{}", "no JSON", '{"models": []}', *map(json.dumps, scoreless)):
         (tmp_path / "a").write_text(content)
         with pytest.raises(SystemExit):
             main()
         assert (
             f"{tmp_path / 'a'}: not what `uncausal eval --suite mini --out` wrote" in capsys.readouterr().err
         )
+    (tmp_path / "a").unlink()
+    with pytest.raises(SystemExit):
+        main()
+    assert "No such file" in capsys.readouterr().err

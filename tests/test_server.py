@@ -17,6 +17,7 @@ from huggingface_hub import InferenceClient
 from pydantic import ValidationError
 from served import TEXTS, Server, small_encoder, small_server, wait_for
 
+from uncausal.encoder.inputs import added_tokens
 from uncausal.encoder.serving import server as server_module
 from uncausal.encoder.serving.server import EmbeddingsRequest, EmbedRequest, TokenizeRequest
 from uncausal.encoder.serving.service import Limits, Refused, Service
@@ -291,7 +292,11 @@ def test_token_arrays_are_framed_and_cut_as_texts(tiny_checkpoint, side):
     framed.tokenizer.truncation_side = side
     arrays = framed.tokenizer(TEXTS)["input_ids"]
     assert max(map(len, arrays)) > 6
+    head, _ = added_tokens(framed.tokenizer)
     with Server(lambda: framed, auto_truncate=True) as server:
+        status, _, answer = server.ready().call("POST", "/embed", {"inputs": [head]})
+        assert status == 422 and "text 0 is left to pool" in answer["error"]["message"]
+        assert "limit" not in answer["error"]["message"]
         found = [
             server.ready().call("POST", "/embed", {"inputs": given, "normalize": False})[2]
             for given in (TEXTS, arrays)

@@ -1,6 +1,7 @@
 """What each stage computes, and the settings it refuses."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -137,13 +138,16 @@ def test_mntp_head_tied_and_untied(checkpoint, tmp_path):
             lambda: Contrastive(mini_batch_size=100),
             r"mini_batch_size is 100; it must be a divisor of the batch size, 512",
         ),
-        (
-            lambda: SimCSE(compile_layers=True, trainer_arguments={"torch_compile": True}),
-            "compile_layers is True; it must be off with torch_compile",
-        ),
-        (
-            lambda: SimCSE(compile_layers=True, trainer_arguments={"activation_checkpointing": True}),
-            "compile_layers is True; it must be off with activation_checkpointing",
+        *(
+            (
+                partial(SimCSE, compile_layers=True, trainer_arguments={option: value}),
+                f"compile_layers is True; it must be off with {option}$",
+            )
+            for option, value in (
+                *(("torch_compile", True), ("torch_compile_backend", "eager")),
+                *(("torch_compile_mode", "default"), ("activation_checkpointing", True)),
+                ("gradient_checkpointing", True),
+            )
         ),
         (
             lambda: SimCSE(compile_layers=True, gradient_checkpointing=True),

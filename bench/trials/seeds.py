@@ -40,7 +40,9 @@ def read(file: Path) -> dict[str, Any]:
     """
     try:
         run = json.loads(file.read_text())
-        rows(run)
+        found = rows(run)
+        if not found or any(len(score) != 3 for _, score in found):
+            raise ValueError("no scores")
     except (ValueError, TypeError, KeyError, IndexError, AttributeError):
         raise ValueError(f"{file}: not what `uncausal eval --suite mini --out` wrote") from None
     return run

@@ -83,7 +83,7 @@ def help_text() -> str:
         "Turn any decoder-only language model into a strong, fast text encoder.\n\n"
         f"{commands}\n\n"
         "Every command answers to --help, and shows the traceback of an error with --debug.\n"
-        "`uncausal demo` shows the whole way in two to twelve minutes; `uncausal --version` says which this is."
+        "`uncausal demo` shows the whole way in some minutes; `uncausal --version` says which this is."
     )
 
 

@@ -220,7 +220,7 @@ def no_prompt(model: SentenceTransformer, side: str = DOCUMENT) -> str | None:
     By its name that may be the other side's, and then it is none of this one.
     """
     default = model.default_prompt_name or ""
-    of_documents = default in (DOCUMENT, "passage", "corpus")  # by the library's names
+    of_documents = any(name in default for name in (DOCUMENT, "passage", "corpus"))  # the library's names
     return "" if (of_documents if side == QUERY else QUERY in default) else None
 
 

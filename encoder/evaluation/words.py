@@ -180,10 +180,14 @@ def word_states(
         flat = np.load(path)
     else:
         flat = np.concatenate(_compute(model, tokens, shift, batch_tokens))
-        if path is not None:
-            with staged_file(path) as file:
-                np.save(file, flat)
-    return np.split(flat, np.cumsum([len(words) for words in sentences])[:-1])
+    states = np.split(flat, np.cumsum([len(words) for words in sentences])[:-1])
+    for index, found in enumerate(states):
+        if not np.isfinite(found).all():
+            raise ValueError(f"sentence {index}: the model's states are not finite")
+    if path is not None and not path.exists():
+        with staged_file(path) as file:
+            np.save(file, flat)
+    return states
 
 
 class _Tokens(NamedTuple):
@@ -213,8 +217,6 @@ def _compute(
     alone = alone_beyond(model[0].config)  # type: ignore[union-attr]
     for batch in token_batches([len(sentence.ids) for sentence in tokens], batch_tokens, alone=alone):
         for index, states in zip(batch, _states(model, [tokens[i].ids for i in batch]), strict=True):
-            if not states.isfinite().all():
-                raise ValueError(f"sentence {index}: the model's states are not finite")
             if shift:
                 states = torch.cat([states[:1], states[:-1]])
             result[index] = torch.stack([states[a:b].mean(0) for a, b in tokens[index].spans]).numpy()
@@ -239,12 +241,12 @@ def _states(model: SentenceTransformer, ids: list[list[int]]) -> Iterable[torch.
 
 
 def _address(model: SentenceTransformer, tokens: Sequence[_Tokens], shift: bool) -> str:
-    """A hash of all that the states follow from: weights, configuration, tokens, words and shift."""
+    """A hash of all that the states follow from: weights, configuration, batches, tokens, words and shift."""
     digest = hashlib.blake2b(digest_size=16)
     transformer: Any = model[0]
     config = sorted(transformer.config.to_dict().items())
     config = [item for item in config if item[0] != "transformers_version" and not item[0].startswith("_")]
-    digest.update(repr((config, shift)).encode())
+    digest.update(repr((config, shift, alone_beyond(transformer.config))).encode())
     for name, tensor in transformer.state_dict().items():
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())

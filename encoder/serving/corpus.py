@@ -146,8 +146,8 @@ def encode_corpus(
     encoded = found = tokens = shards = total = 0
     digests: list[str] = []
     start = time.perf_counter()
-    batches = chain(first, parts)
-    del first  # or its rows would stay to the end
+    batches = chain(iter(first), parts)  # an iterator, which lets go of what it has given
+    del first
     with tqdm(desc="Encoding", unit="text", disable=not show_progress_bar) as bar:
         for number, batch in batches:
             if number % turns == turn:

@@ -136,7 +136,7 @@ def check_teachers(
             elif not (resume and (folder / TEACHERS / str(place) / RESULT).exists()):
                 taught = load_recipe(teacher.removeprefix(RECIPE))
                 local_path(str(model or taught.model))
-                check_teachers(taught.steps, folder / TEACHERS / str(place) / "stages", resume, model)
+                check_teachers(taught.steps, folder / TEACHERS / str(place) / "stages", resume)
 
 
 def set_pooling(encoder: Encoder, step: Step) -> None:
