@@ -138,13 +138,13 @@ class _RingRows(torch.autograd.Function):
     def backward(ctx, *grads):
         saved = ctx.saved_tensors  # read once: a checkpoint unpacks once
         with torch.no_grad(), torch.autocast(grads[0].device.type, enabled=False):
-            found = _RingRows.sweep_back(saved, *ctx.options, grads[0])
+            found = _RingRows.sweep_back(saved, ctx.options, grads[0])
         return *first_order(found, saved[:4]), *[None] * 6
 
     @staticmethod
-    def sweep_back(saved, margin, sizes, group, sweeps, grad: Tensor):
+    def sweep_back(saved, options, grad: Tensor):
         q, k, hard, temperature, row_ids, col_ids, lse = saved
-        _, sweep_gradients = sweeps
+        margin, sizes, group, (_, sweep_gradients) = options
         world, rank = len(sizes), dist.get_rank(group)
         pairs = Pairs.of(q, k[: len(q)], hard, temperature, margin)
         weight, total = grad.contiguous(), torch.logaddexp(lse, pairs.pos)
