@@ -210,8 +210,7 @@ class PackedTransformer(Transformer):
         """Return the token ids of every text, cut to the length limit, and where its prompt ends.
 
         A token belongs to the prompt when it holds no character of the text: the boundary is looked for in
-            the
-        tokens of both together, because a prompt's last space is part of the next word's token.
+        the tokens of both together, because a prompt's last space is part of the next word's token.
         """
         tokenizer: Any = self.tokenizer
         offsets = bool(prompt) and tokenizer.is_fast

@@ -37,8 +37,10 @@ class Pruning:
     Args:
         keep: "small" or "large", chosen by the loss after every layer; or a number of layers.
         drop: fraction of the layers dropped, instead.
-        triplets: rows for the losses. temperature: of the loss.
+        triplets: rows for the losses, drawn from all sets, without instructions. temperature: of the loss.
         min_score: of scored pairs, take those whose score is at least this.
+        max_length: longer texts are cut.
+        seed: of the draw.
     """
 
     keep: str | int = "large"
@@ -46,6 +48,8 @@ class Pruning:
     triplets: int = 6400
     temperature: float = 0.02
     min_score: float | None = None
+    max_length: int = 512
+    seed: int = 42
 
     def __post_init__(self) -> None:
         if self.keep not in ("small", "large") and (isinstance(self.keep, str) or self.keep < 1):
@@ -54,6 +58,8 @@ class Pruning:
             raise ValueError(f"Pruning.drop is {self.drop!r}; it must be in [0, 1)")
         if self.triplets < 1:
             raise ValueError(f"Pruning.triplets is {self.triplets!r}; it must be at least 1")
+        if self.max_length < 1:
+            raise ValueError(f"Pruning.max_length is {self.max_length!r}; it must be at least 1")
         if not self.temperature > 0:
             raise ValueError(f"Pruning.temperature is {self.temperature!r}; it must be above 0")
 
@@ -84,13 +90,14 @@ class Pruning:
         share = min(self.triplets / sum(map(len, sets)), 1)  # of every set, however many there are
         rows = [
             row
-            for part in (part.select(range(math.ceil(share * len(part)))) for part in sets)
+            for part in (part.shuffle(self.seed).select(range(math.ceil(share * len(part)))) for part in sets)
             for row in zip(*(part[name] for name in text_columns(part)[:width]), strict=True)
         ]
         losses = layer_losses(
             encoder,
             rows[: self.triplets],
             temperature=self.temperature,
+            max_length=self.max_length,
             show_progress_bar=show_progress_bar,
         )
         depths = l3prune(losses)
@@ -116,6 +123,7 @@ def layer_losses(
     *,
     batch_size: int = 64,
     temperature: float = 0.02,
+    max_length: int | None = None,
     show_progress_bar: bool = True,
 ) -> list[float]:
     """Return the contrastive loss after every layer, all layers in one pass without gradients.
@@ -129,6 +137,7 @@ def layer_losses(
             uses about 6,400.
         batch_size: anchors a batch; the last incomplete batch is left out unless it is the only one.
         temperature: of the softmax.
+        max_length: longer texts are cut, and what is longer than the encoder takes.
         show_progress_bar: draw a bar over the batches.
 
     Returns:
@@ -140,7 +149,7 @@ def layer_losses(
         raise DataError(
             "a batch of one pair has no negative, and the loss is 0 at every depth: give more pairs"
         )
-    layers = decoder_layers(encoder.backbone)
+    layers, limit = decoder_layers(encoder.backbone), encoder.max_seq_length
     norm, weighed = final_norm(encoder.backbone), encoder.pooling == "sif"
     pooling = nn.Sequential(*list(encoder)[1 : 3 if weighed else 2])
     features: dict[str, Any] = {}
@@ -156,6 +165,8 @@ def layer_losses(
     losses = torch.zeros(len(layers), dtype=torch.float64)
     handles = [layer.register_forward_hook(pool) for layer in layers]
     encoder.eval()
+    if max_length is not None:
+        encoder.max_seq_length = min(max_length, limit or max_length)
     try:
         with torch.inference_mode():
             for rows in tqdm(batches, desc="Layer losses", unit="batch", disable=not show_progress_bar):
@@ -170,6 +181,7 @@ def layer_losses(
                     [_info_nce(layer, temperature) for layer in zip(*columns, strict=True)]
                 )
     finally:
+        encoder.max_seq_length = limit
         for handle in handles:
             handle.remove()
     return (losses / len(batches)).tolist()

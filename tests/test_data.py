@@ -110,13 +110,18 @@ def test_a_dataset_of_the_hub_may_stream(monkeypatch, streaming):
 
     def load_dataset(path, configuration, **options):
         asked.update(options, path=path, configuration=configuration)
-        return Dataset.from_dict({"text": TEXTS}).to_iterable_dataset() if streaming else [{"text": TEXTS[0]}]
+        columns = {"sentence": TEXTS, "number": range(len(TEXTS))}
+        if "one" in path:
+            columns.pop("number")
+        dataset = Dataset.from_dict(columns)
+        return dataset.to_iterable_dataset() if options["streaming"] else dataset
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
     rows = read_rows("wiki/dump:en@train[:9]", streaming=streaming)
-    assert next(rows) == ("wiki/dump:en@train[:9]: row 1", {"text": TEXTS[0]})
+    assert next(rows) == ("wiki/dump:en@train[:9]: row 1", {"sentence": TEXTS[0], "number": 0})
     known = {"path": "wiki/dump", "configuration": "en", "split": "train[:9]"}
     assert asked == {**known, "streaming": streaming}
+    assert next(read_texts("wiki/one")) == TEXTS[0]  # whatever its only column is called
 
 
 def test_read_texts_csv_field_longer_than_the_csv_default(tmp_path):
@@ -245,6 +250,11 @@ def test_read_pairs_sets_tasks_and_ids(caplog):
     assert [r.getMessage() for r in caplog.records if "not used" in r.getMessage()] == ["y: not used: 'url'"]
     assert read_pairs([{**ROW, "label": x} for x in "pqp"])["label"] == [0, 1, 0]
     assert read_pairs([{**ROW, "instruction": "find"}] * 2)["instruction"] == ["find", "find"]
+    both = read_pairs([{**ROW, "instruction": "find", "document_instruction": "read"}])
+    assert (both["instruction"], both["document_instruction"]) == (["find"], ["read"])
+    assert "document_instruction" not in read_pairs([{**ROW, "instruction": "find"}]).column_names
+    classes = [{"text": f"text {i}", "label": i % 2, "instruction": "sort"} for i in range(4)]
+    assert read_pairs(classes)["document_instruction"] == ["sort"] * 4  # both sides are of one kind
     assert read_pairs([ROW, {**ROW, "instruction": "find"}])["instruction"] == ["", "find"]
     assert read_pairs([{**ROW, "instruction": ""}, {**ROW, "instruction": "find"}])["instruction"] == [
         "",

@@ -113,7 +113,7 @@ def test_negatives_are_those_of_sentence_transformers(monkeypatch, options, scor
     ours = {"query_prompt": "to: ", "document_prompt": "of a"} if scores == 1 else {}
     options = {**options, **ours}
     found = Mining(num_negatives=3, sampling="top", **options).mine(pairs, teacher, documents)
-    shift, top = options.get("rank_shift", 0), options["top_k"]
+    shift = options.get("rank_shift", 0)
     rules = {n: value for n, value in options.items() if n not in ("rank_shift", "top_k", *prompts, *ours)}
     rules |= prompts if ours else {}
     theirs = mine_hard_negatives(
@@ -121,7 +121,7 @@ def test_negatives_are_those_of_sentence_transformers(monkeypatch, options, scor
         teacher,  # type: ignore[arg-type]
         corpus=documents,
         range_min=shift,
-        range_max=min(shift + top, len(documents) - 1),
+        range_max=len(documents) - 1,  # which is before what scores too high is left out
         num_negatives=3,
         output_format="n-tuple",
         verbose=False,
@@ -153,12 +153,14 @@ def test_negatives_of_the_pairs_are_replaced():
 
 
 def test_top_k_counts_the_candidates_of_a_query():
-    """Whatever another anchor has of positives: sentence-transformers would look at two more of each."""
+    """As NV-Retriever counts them: what cannot be a negative takes no place among them."""
     pairs = [("query", "right"), *(("other", text) for text in ("far", "farther", "0", "1"))]
-    with pytest.raises(ValueError, match="no row has 1 negatives"):
-        mined(pairs, corpus=("false", "near"), num_negatives=1, top_k=1)
-    [row] = mined(pairs, corpus=("false", "near"), num_negatives=1, top_k=2)
+    [row] = mined(pairs, corpus=("false", "near"), num_negatives=1, top_k=1)
     assert row["negative"] == "near"
+    rows = mined(pairs, corpus=("false", "near"), num_negatives=1, top_k=2)
+    assert {row["negative"] for row in rows} <= {"near", "far"}
+    [row] = mined(pairs, corpus=("false", "near"), num_negatives=1, top_k=1, rank_shift=1)
+    assert row["negative"] == "far"
 
 
 def test_the_draw_does_not_depend_on_chunks(monkeypatch):

@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from uncausal.bench.families import FAMILIES, tiny_model
+from uncausal.encoder import pruning
 from uncausal.encoder.layers import decoder_layers, final_norm
 from uncausal.encoder.model import Encoder
 from uncausal.encoder.pruning import (
@@ -55,6 +56,28 @@ def test_layer_losses_equal_the_loss_of_each_pruned_model(smollm2, pooling, colu
         vectors = normalize(encoder.encode(texts, convert_to_tensor=True), dim=-1)
         logits = vectors[:4] @ vectors[4:].T / 0.02
         assert losses[depth - 1] == pytest.approx(cross_entropy(logits, torch.arange(4)).item(), abs=1e-4)
+
+
+def test_layer_losses_cut_texts(smollm2):
+    encoder = Encoder.from_pretrained(smollm2, num_layers=2, dtype="float32", device="cpu", max_seq_length=40)
+    cut = layer_losses(encoder, TRIPLETS, max_length=4, show_progress_bar=False)
+    assert encoder.max_seq_length == 40 and cut != layer_losses(encoder, TRIPLETS, show_progress_bar=False)
+    encoder.max_seq_length = 4
+    assert cut == layer_losses(encoder, TRIPLETS, max_length=9, show_progress_bar=False)
+
+
+def test_rows_of_a_choice_are_drawn_from_all_of_a_set(monkeypatch, tiny_checkpoint):
+    """Regression: they were the first, of a file that is often sorted by its source."""
+    seen = []
+    monkeypatch.setattr(
+        pruning, "layer_losses", lambda encoder, rows, **options: seen.append(rows) or [2.0, 1.0]
+    )
+    encoder = Encoder.from_pretrained(tiny_checkpoint, device="cpu")
+    pairs = [(f"anchor {i}", f"positive {i}") for i in range(100)]
+    for seed in (1, 1, 2):
+        Pruning(triplets=20, seed=seed).choose(encoder, pairs)
+    assert seen[0] == seen[1] != seen[2] and len(set(seen[0])) == 20
+    assert len({int(anchor.split()[1]) // 25 for anchor, _ in seen[0]}) == 4
 
 
 def test_layer_losses_average_over_batches(smollm2):
@@ -92,7 +115,15 @@ def test_l3prune_needs_two_layers_and_their_losses():
 
 @pytest.mark.parametrize(
     "settings",
-    [{"keep": 0}, {"keep": -1}, {"keep": "half"}, {"drop": 1.0}, {"temperature": 0.0}, {"triplets": 0}],
+    [
+        {"keep": 0},
+        {"keep": -1},
+        {"keep": "half"},
+        {"drop": 1.0},
+        {"temperature": 0.0},
+        {"triplets": 0},
+        {"max_length": 0},
+    ],
 )
 def test_impossible_pruning_is_refused_before_anything_is_trained(settings):
     with pytest.raises(ValueError, match=f"Pruning.{next(iter(settings))} is"):

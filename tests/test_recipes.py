@@ -98,7 +98,8 @@ def test_llm2vec_recipe_is_the_papers():
     """At step 1000 the rate is still 95 % of the first."""
     recipe = load_recipe(RECIPES / "llm2vec.toml")
     assert recipe.variant == "llama3" and recipe.options == {"bidirectional": True, "pooling": "mean"}
-    assert settings("llm2vec") == [MNTP(schedule_steps=21600), SimCSE(schedule_steps=23438)]
+    kept = {"gradient_checkpointing": True}
+    assert settings("llm2vec") == [MNTP(schedule_steps=21600), SimCSE(schedule_steps=23438, **kept)]
     mistral = load_recipe(RECIPES / "llm2vec.toml", "mistral")
     assert settings("llm2vec", "mistral")[0] == MNTP.mistral(schedule_steps=21600)
     assert "Mistral-7B" in mistral.model
@@ -107,8 +108,14 @@ def test_llm2vec_recipe_is_the_papers():
 
 def test_l3prune_recipe_is_the_papers():
     recipe = load_recipe(RECIPES / "l3prune.toml")
-    assert settings("l3prune") == [Pruning(keep="large", triplets=6400), Contrastive.l3prune()]
+    assert settings("l3prune") == [
+        Pruning(keep="large", triplets=6400),
+        Contrastive.l3prune(gradient_checkpointing=True),
+    ]
+    template = recipe.options.pop("template")
+    assert template == "<|start_header_id|>user<|end_header_id|>\n\n{text}<|eot_id|>"
     assert recipe.options == {"bidirectional": False, "pooling": "weighted_mean"}
+    assert recipe.model.endswith("Instruct") and "template" not in load_recipe("l3prune", "mini").options
     assert settings("l3prune", "qwen2")[0] == Pruning(keep="small")
 
 
@@ -121,7 +128,7 @@ def test_nv_embed_recipe_is_the_papers():
         "negatives": 7,
         "lora_dropout": 0.1,
     }
-    paper["gradient_checkpointing"] = True
+    paper |= {"gradient_checkpointing": True, "mini_batch_size": 32}
     assert first == Contrastive(max_steps=20000, learning_rate=2e-5, **paper)
     assert second == Instruction(max_steps=18000, learning_rate=1.5e-5, **paper)
     assert load_recipe("nv_embed").options == {"bidirectional": True, "pooling": "latent"}

@@ -313,12 +313,12 @@ def prompted_loss(encoder, rows, prompts, temperature):
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "uncausal"])
-@pytest.mark.parametrize("where", ["prompts", "instruction", "rows"])
+@pytest.mark.parametrize("where", ["prompts", "instruction", "rows", "documents"])
 def test_prompts_are_attended_but_not_pooled_in_training(checkpoint, tmp_path, attention, where):
     """The first loss is that of a computation by hand; a mask off by two passed the earlier test."""
     options = {"max_steps": 1, "batch_size": 8, "temperature": 0.5, **FAST, "lora_dropout": 0.0}
     rows, prompt = PAIRS[:8], "the king likes "
-    data, stage = rows, Contrastive(prompts={"anchor": prompt}, **options)
+    data, stage, of_documents = rows, Contrastive(prompts={"anchor": prompt}, **options), ""
     if where == "instruction":
         data = [{"anchor": a, "positive": p, "instruction": "king"} for a, p in rows]
         # an instruction makes no text a duplicate
@@ -332,8 +332,19 @@ def test_prompts_are_attended_but_not_pooled_in_training(checkpoint, tmp_path, a
         template = "the {instruction} likes "
         stage = Contrastive(instruction_template=template, blend=True, **options)
         prompt = [template.format(instruction=i) if i else "" for i in [*told, *[None] * 4]]
+    if where == "documents":  # a task whose sides are of one kind, and one whose are not
+        data = {
+            "one": [
+                {"anchor": a, "positive": p, "instruction": "king", "document_instruction": "king"}
+                for a, p in rows[:4]
+            ],
+            "two": [{"anchor": a, "positive": p, "instruction": "dog"} for a, p in rows[4:]],
+        }
+        stage = Contrastive(instruction_template="the {instruction} likes ", blend=True, **options)
+        prompt = ["the king likes "] * 4 + ["the dog likes "] * 4
+        of_documents = ["the king likes "] * 4 + [""] * 4
     with torch.no_grad():
-        expected = prompted_loss(load(checkpoint, attention), rows, (prompt, ""), 0.5)
+        expected = prompted_loss(load(checkpoint, attention), rows, (prompt, of_documents), 0.5)
     found = losses(train(load(checkpoint, attention), stage, data, tmp_path, progress=False))
     assert found == pytest.approx([expected.item()], abs=2e-4)
 

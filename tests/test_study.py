@@ -117,11 +117,11 @@ def test_steps_follow_from_the_tokens_and_rows_get_their_instruction(byte_llama,
         json.dump({"train": rows}, file)
     step = Step("instruction", Instruction(batch_size=2, warmup_steps=10), {"clinc": "local:clinc"})
     model = study_cells.Model("", (step,), {"instruction": 0.5}, instructions={"clinc": "Find the intent"})
-    found = study.budgeted(step, model, str(byte_llama), 2100, 3, tmp_path)
-    # anchor, positive and negative have seven bytes each, the first of them its instruction too, and half of
-    # the tokens are for this stage
+    found = study.budgeted(step, model, str(byte_llama), 5000, 3, tmp_path)
+    # anchor, positive and negative have seven bytes each and, being of a set of classes, an instruction; half
+    # of the tokens are for this stage
     told = len("Instruct: Find the intent\nQuery: ")
-    assert found.settings.max_steps == round(2100 / 2 / (2 * (told + 3 * 7))) == 10
+    assert found.settings.max_steps == round(5000 / 2 / (2 * 3 * (told + 7))) == 10
     assert found.settings.warmup_steps == 2 and found.settings.seed == 42 + 3
     wanted = [{**row, "instruction": "Find the intent"} for row in local_rows("local:clinc", tmp_path)]
     assert found.data == {"clinc": wanted}

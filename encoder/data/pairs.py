@@ -1,8 +1,10 @@
 """Training pairs: one format from any source, checked row by row.
 
 A row has `anchor`, `positive` and any number of negatives (`negative`, `negative_1`, ..., or a list in one of
-them); optional are `task` (a set of its own), `instruction`, `id` or `label` (equal ones are no negatives of
-each other) and `score`. A set of `text` and `label` alone becomes triplets by `class_triplets`.
+them); optional are `task` (a set of its own), `instruction` (put before the anchor), `document_instruction`
+(before the positive and the negatives, where both sides are of one kind), `id` or `label` (equal ones are no
+negatives of each other) and `score`. A set of `text` and `label` becomes triplets by `class_triplets`; its
+instructions are of all texts.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ PAIR_NAMES = (
     ("sentence1", "sentence2"),
 )
 NEGATIVE = re.compile(r"negative(?:_(\d+))?")
-TEXT, LABEL, INSTRUCTION = "text", "label", "instruction"
+TEXT, LABEL = "text", "label"
+INSTRUCTION, DOCUMENT_INSTRUCTION = INSTRUCTIONS = ("instruction", "document_instruction")
 NEGATIVE_LABELS = "negative_labels"
 READ_WITH = "read_with"  # attribute of a Dataset that `read_pairs` returned: its options, its columns
 
@@ -78,6 +81,7 @@ class Pair:
     score: float | None = None
     task: str | None = None
     instruction: str | None = None
+    document_instruction: str | None = None
 
 
 def read_pairs(source: Any, **options: Any) -> Dataset | DatasetDict:
@@ -93,8 +97,8 @@ def read_pairs(source: Any, **options: Any) -> Dataset | DatasetDict:
     Returns:
         A Dataset with the columns anchor, positive, then negative or negative_1 to negative_K; further
         `label` (integers) where rows carry an id or a label, `negative_labels` (as many integers as
-        negatives) of a set of classes, `score` where asked, and `instruction`, empty for none. For a dict, or
-        rows with a `task`, a DatasetDict of those.
+        negatives) of a set of classes, `score` where asked, `instruction` and `document_instruction` where
+        rows have one, empty for none. For a dict, or rows with a `task`, a DatasetDict of those.
 
     Raises:
         FileNotFoundError: no such file.
@@ -295,11 +299,12 @@ def _pairs(
                 if text == pair.positive:
                     raise DataError(f"{place}: the field {name!r} equals the field {names[1]!r}: {text!r}")
                 pair.negatives.append(text)
-        pair.task, pair.instruction = _optional(row, "task", place), _optional(row, "instruction", place)
+        pair.task, pair.instruction = _optional(row, "task", place), _optional(row, INSTRUCTION, place)
+        pair.document_instruction = _optional(row, DOCUMENT_INSTRUCTION, place)
         named = row.get("id", None if relation == LABEL else row.get(LABEL))
         pair.id = None if named == "" else named  # how CSV writes that there is none
         _check_name(pair.id, place)
-        unused |= row.keys() - {*names, *fields, relation, "task", "instruction", "id"}
+        unused |= row.keys() - {*names, *fields, relation, "task", *INSTRUCTIONS, "id"}
         if "id" not in row:
             unused.discard(LABEL)
         found.append(pair)
@@ -315,7 +320,7 @@ def _classes(rows: Sequence[tuple[str, Mapping[str, Any]]], options: PairOptions
         _check_name(row[LABEL], place)
     if options.min_score is not None:
         raise DataError(f"{rows[0][0]}: no field 'score'; there is {', '.join(map(repr, rows[0][1]))}")
-    _say_unused(rows, {name for _, row in rows for name in row} - {TEXT, LABEL, "task", "instruction"})
+    _say_unused(rows, {name for _, row in rows for name in row} - {TEXT, LABEL, "task", *INSTRUCTIONS})
     tasks: dict[str | None, list[tuple[str, Mapping[str, Any]]]] = defaultdict(list)
     for place, row in rows:
         tasks[_optional(row, "task", place)].append((place, row))
@@ -326,7 +331,8 @@ def _classes(rows: Sequence[tuple[str, Mapping[str, Any]]], options: PairOptions
         count = 1 if options.negatives is None else options.negatives
         made = class_triplets(texts, labels, negatives=count, seed=options.seed, places=places)
         for pair, (place, row) in zip(made, part, strict=True):
-            pair.task, pair.instruction = task, _optional(row, "instruction", place)
+            pair.task, pair.instruction = task, _optional(row, INSTRUCTION, place)
+            pair.document_instruction = _optional(row, DOCUMENT_INSTRUCTION, place) or pair.instruction
         found += made
     return found
 
@@ -361,8 +367,10 @@ def _dataset(pairs: list[Pair], options: PairOptions) -> Dataset:
         columns[LABEL] = [numbers.setdefault(pair.id, len(numbers)) for pair in pairs]
         if first.negative_ids and not options.scored:
             columns[NEGATIVE_LABELS] = [[numbers[of] for of in pair.negative_ids] for pair in pairs]
-    if any(pair.instruction is not None for pair in pairs):
-        columns[INSTRUCTION] = [pair.instruction or "" for pair in pairs]
+    for name in INSTRUCTIONS:
+        told = [getattr(pair, name) or "" for pair in pairs]
+        if any(told):
+            columns[name] = told
     dataset = Dataset.from_dict(columns)
     setattr(dataset, READ_WITH, (options, dataset.column_names))  # which a renaming keeps
     return dataset

@@ -2,7 +2,8 @@
 
 Formats by suffix, each but Parquet also as .gz: .txt (a text a line), .jsonl, .csv, .tsv, .parquet. A pattern
 (`parts/*.jsonl.gz`, `**` for any folders) stands for its files in order of their names. Anything else that is
-no file is the name of a dataset, `name`, `name:configuration` or `name:configuration@split`.
+no file is the name of a dataset, `name`, `name:configuration` or `name:configuration@split`; one of a single
+column is plain text.
 """
 
 import csv
@@ -197,7 +198,7 @@ def _hub_rows(name: str, streaming: bool) -> Iterator[tuple[str, dict[str, Any]]
     except (FileNotFoundError, ConnectionError, ValueError) as error:
         raise DataError(f"{name}: neither a file nor a dataset that can be loaded ({error})") from error
     for number, row in enumerate(dataset, 1):
-        yield f"{name}: row {number}", dict(row)
+        yield f"{name}: row {number}", dict(row) if len(row) > 1 else {"": next(iter(row.values()))}
 
 
 def write_rows(rows: Iterable[dict[str, Any]], path: str | Path) -> int:

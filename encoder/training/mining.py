@@ -34,8 +34,8 @@ class Mining:
 
     Args:
         num_negatives: a row gets so many; rows for which fewer are left are dropped, and counted.
-        top_k: candidates considered, best first, once the positives are out.
-        rank_shift: candidates skipped at the top.
+        top_k: candidates considered, best first, of those that may be negatives.
+        rank_shift: so many of them skipped at the top.
         relative_margin: TopK-PercPos: a negative scores at most (1 - this) of the positive; 0.05 is "95 %".
             None, where nothing else is set, is naive top-k.
         absolute_margin: TopK-MarginPos: at least this much below the positive.
@@ -149,7 +149,9 @@ class Mining:
         width = min(self.rank_shift + self.top_k, len(documents))
         if width < self.num_negatives:
             return chosen
-        a_query = getattr(teacher, "bytes_a_score", 4) * len(documents) + 40 * width  # and its candidates
+        a_query = (getattr(teacher, "bytes_a_score", 4) + 1) * len(
+            documents
+        ) + 40 * width  # and its candidates
         step = max(SCORES_BYTES // a_query, 1)
         draw = np.random.default_rng(self.seed)
         for start in tqdm(range(0, len(queries), step), desc="Mining", disable=not show):
@@ -157,9 +159,11 @@ class Mining:
             scores = _scores(teacher, of_queries[start:end].to(device), of_documents)
             rows = by_query[np.searchsorted(of_rows, start) : np.searchsorted(of_rows, end)]
             scores[torch.from_numpy(asked[rows] - start), torch.from_numpy(right[rows])] = -torch.inf
+            limits = torch.from_numpy(highest[start:end, None]).to(device)
+            scores.masked_fill_(scores > limits, -torch.inf)
             best, places = (found.cpu().numpy() for found in scores.topk(width, dim=1))
             del scores  # before the next ones are there
-            fits = (best > -np.inf) & (best <= highest[start:end, None])
+            fits = best > -np.inf
             fits &= fits.cumsum(1) > self.rank_shift
             order = draw.random(fits.shape) if self.sampling == "random" else np.arange(width)
             first = np.where(fits, order, np.inf).argsort(1, kind="stable")[:, : self.num_negatives]

@@ -17,7 +17,7 @@ import psutil
 import torch
 from datasets import Dataset, DatasetDict
 
-from uncausal.encoder.data.pairs import INSTRUCTION, read_pairs, text_columns
+from uncausal.encoder.data.pairs import DOCUMENT_INSTRUCTION, INSTRUCTION, read_pairs, text_columns
 from uncausal.encoder.model import Encoder
 from uncausal.encoder.pruning import Pruning
 from uncausal.encoder.training.follow import CHOICE, OF_LOADING, asked_of, kept_choice, set_pooling
@@ -149,13 +149,15 @@ def tokens_of_row(encoder: Encoder, stage: Stage, data: Any) -> tuple[float, flo
 
 
 def _columns(part: Dataset, template: str) -> list[list[str]]:
-    """Some texts of every column; an anchor that has an instruction follows it."""
+    """Some texts of every column, behind their instructions."""
     rows = random.Random(0).sample(range(len(part)), min(SAMPLE, len(part)))
     sample = part.select(rows)
-    columns = [list(sample[name]) for name in text_columns(part)]
-    if INSTRUCTION in part.column_names:
-        told = [template.replace("{instruction}", text) if text else "" for text in sample[INSTRUCTION]]
-        columns[0] = [prompt + anchor for prompt, anchor in zip(told, columns[0], strict=True)]
+    columns = []
+    for name in text_columns(part):
+        side = INSTRUCTION if name == "anchor" else DOCUMENT_INSTRUCTION
+        told = sample[side] if side in part.column_names else [""] * len(sample)
+        prompts = (template.replace("{instruction}", text) if text else "" for text in told)
+        columns.append([prompt + text for prompt, text in zip(prompts, sample[name], strict=True)])
     return columns
 
 

@@ -14,7 +14,15 @@ from sentence_transformers.base.training_args import BatchSamplers
 from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
 from torch import nn
 
-from uncausal.encoder.data.pairs import INSTRUCTION, LABEL, NEGATIVE_LABELS, read_pairs, text_columns
+from uncausal.encoder.data.pairs import (
+    DOCUMENT_INSTRUCTION,
+    INSTRUCTION,
+    INSTRUCTIONS,
+    LABEL,
+    NEGATIVE_LABELS,
+    read_pairs,
+    text_columns,
+)
 from uncausal.encoder.data.rows import DataError
 from uncausal.encoder.training.losses import InfoNCELoss
 from uncausal.encoder.training.samplers import Blended, WeightedSets
@@ -35,7 +43,8 @@ class Contrastive(InfoNCEStage):
             apart never tells a positive from the negatives.
         no_duplicates: no text occurs twice in a batch, where it would be its own negative.
         prompts: column name -> text put before each of its texts; attended, not pooled.
-        instruction_template: makes the prompt of an anchor whose row has an `instruction`.
+        instruction_template: makes the prompt of the texts that have an instruction: a row's `instruction` is
+            of its anchor, its `document_instruction` of the others.
         hard_negatives: "shared" are negatives of every anchor in the batch, "own" of their row's alone.
         in_batch_negatives: False contrasts each anchor with its own negatives alone.
     """
@@ -145,31 +154,38 @@ class Contrastive(InfoNCEStage):
         return super().make_trainer(encoder, dataset, run, loss, data_collator=collator, **arguments)
 
     def _prompts(self, sets: dict[Any, Dataset]) -> tuple[list[str], dict[Any, Dataset]]:
-        """The anchors' prompts, and the sets with a prompt's number in the place of each instruction."""
-        found = {name: part[INSTRUCTION] for name, part in sets.items() if INSTRUCTION in part.column_names}
-        if not found:
+        """The prompts, and the sets with a prompt's number in the place of each instruction."""
+        told = {
+            (name, side): part[side]
+            for name, part in sets.items()
+            for side in INSTRUCTIONS
+            if side in part.column_names
+        }
+        if not told:
             return [], sets
-        numbers = {text: i for i, text in enumerate(dict.fromkeys(["", *chain(*found.values())]))}
+        numbers = {text: i for i, text in enumerate(dict.fromkeys(["", *chain(*told.values())]))}
         numbered = {}
         for name, part in sets.items():
-            told = [numbers[text] for text in found.get(name, [""] * len(part))]
-            bare = part.remove_columns([INSTRUCTION]) if name in found else part
-            numbered[name] = bare.add_column(INSTRUCTION, told)  # pyright: ignore[reportCallIssue]
+            bare = part.remove_columns([side for side in INSTRUCTIONS if (name, side) in told])
+            for side in INSTRUCTIONS:
+                of_rows = [numbers[text] for text in told.get((name, side), [""] * len(part))]
+                bare = bare.add_column(side, of_rows)  # pyright: ignore[reportCallIssue]
+            numbered[name] = bare
         made = [self.instruction_template.replace("{instruction}", text) if text else "" for text in numbers]
         return made, numbered
 
 
 @dataclass
 class InstructedCollator(SentenceTransformerDataCollator):
-    """Puts before every anchor the prompt of its row's instruction, and behind its label those of negatives.
+    """Puts before every text the prompt of its row's instruction, and behind its label those of negatives.
 
     Args:
-        of_rows: the prompts that a row's instruction numbers; one for the anchors in `prompts` goes instead.
+        of_rows: the prompts that a row's instructions number; one for a column in `prompts` goes instead.
     """
 
     # what the library takes for a label it neither tokenises nor takes for a duplicate in a batch
     valid_label_columns: list[str] = field(
-        default_factory=lambda: [*DEFAULT_LABEL_COLUMNS, INSTRUCTION, NEGATIVE_LABELS]
+        default_factory=lambda: [*DEFAULT_LABEL_COLUMNS, *INSTRUCTIONS, NEGATIVE_LABELS]
     )
     of_rows: list[str] = field(default_factory=list)
 
@@ -178,11 +194,14 @@ class InstructedCollator(SentenceTransformerDataCollator):
             features = [_labels_joined(row) for row in features]
         if not self.of_rows:
             return super().__call__(features)
-        rows = [{name: value for name, value in row.items() if name != INSTRUCTION} for row in features]
-        before = [self.of_rows[row[INSTRUCTION]] for row in features]
-        anchors: Any = before[0] if len({*before}) == 1 else before
-        told = replace(self, prompts={"anchor": anchors, **cast(dict, self.prompts)}, of_rows=[])
-        return told(rows)
+        rows = [{name: row[name] for name in row if name not in INSTRUCTIONS} for row in features]
+        prompts: dict[str, Any] = {}
+        for name in rows[0]:
+            side = INSTRUCTION if name == "anchor" else DOCUMENT_INSTRUCTION
+            before = [self.of_rows[row[side]] for row in features]
+            if any(before):
+                prompts[name] = before[0] if len({*before}) == 1 else before
+        return replace(self, prompts={**prompts, **cast(dict, self.prompts)}, of_rows=[])(rows)
 
 
 def _labels_joined(row: dict[str, Any]) -> dict[str, Any]:
