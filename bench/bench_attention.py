@@ -158,7 +158,7 @@ def contest(settings: Settings, sizes: list[int], dim: int, backward: bool) -> C
         if layout is not None:
             inputs = tuple(unpack(x.detach(), layout).requires_grad_(x.requires_grad) for x in inputs)
         try:
-            facts[name] = {"error": _error(batch, provider, inputs)}
+            facts[name] = {"error": _error(batch, provider, inputs, backward)}
         except RuntimeError as reason:  # a backend that refuses these shapes
             missing[name] = str(reason).splitlines()[0]
             continue
@@ -168,18 +168,29 @@ def contest(settings: Settings, sizes: list[int], dim: int, backward: bool) -> C
     return Contest(runs, missing, {"flops": flops}, facts, rounds=9, peak=allocated_bytes)
 
 
-def _error(batch: Batch, provider: Provider, inputs: tuple[Tensor, ...]) -> float:
-    """The largest error against float64; a wrong answer has no speed."""
-    cu = batch.layout.cu_seqlens
-    q, k, v = (x.detach().double() for x in (batch.q, batch.k, batch.v))
-    want, _ = flash_attn_varlen_ref(q, k, v, cu, cu)
-    with torch.no_grad():
+def _error(batch: Batch, provider: Provider, inputs: tuple[Tensor, ...], backward: bool) -> float:
+    """The largest error against float64; a wrong answer has no speed, nor on a GPU a wrong gradient."""
+    cu, gradients = batch.layout.cu_seqlens, backward and batch.q.is_cuda
+    exact = [x.detach().double().requires_grad_(gradients) for x in (batch.q, batch.k, batch.v)]
+    want, _ = flash_attn_varlen_ref(*exact, cu, cu)
+    with torch.set_grad_enabled(gradients):
         out = provider(*inputs[:3])
-    if out.dim() == 4:
-        out = pack(out, batch.layout)[0]
-    error = float((out.double() - want).abs().max())
-    assert error < (1e-4 if out.dtype == torch.float32 else 0.05), f"error {error:.3g}"
+    error = _distance(out, want, batch.layout)
+    allowed = 1e-4 if out.dtype == torch.float32 else 0.05
+    assert error < allowed, f"error {error:.3g}"
+    if gradients:
+        found = torch.autograd.grad(out, inputs[:3], inputs[3])
+        for name, a, b in zip(
+            "qkv", found, torch.autograd.grad(want, exact, batch.dout.double()), strict=True
+        ):
+            share = _distance(a, b, batch.layout) / float(b.abs().max())
+            assert share < allowed, f"error {share:.3g} of the gradient of {name}"
     return error
+
+
+def _distance(found: Tensor, exact: Tensor, layout: PackedLayout) -> float:
+    packed = pack(found, layout)[0] if found.dim() == 4 else found
+    return float((packed.detach().double() - exact.detach()).abs().max())
 
 
 def forward(provider: Provider, q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> None:

@@ -19,7 +19,7 @@ from uncausal.bench.report import BENCH, RESULTS, render
 
 TESTS = BENCH.parent / "tests"
 SUITES = ("attention", "latent_pooling", "info_nce", "encode", "train_step")
-KERNEL_TESTS = [str(TESTS / f"test_{name}.py") for name in SUITES[:3]]
+KERNEL_TESTS = [str(TESTS / f"test_{name}.py") for name in (*SUITES[:3], "gpu")]
 
 
 def main() -> int:

@@ -84,8 +84,10 @@ def pool_packed(
     weights = counted if weights is None else counted * weights.to(dtype)
     lengths = lengths.to(hidden.device)
     # segment_reduce adds in the order of the tokens on every device; index_add would use atomics on a GPU.
-    total = torch.segment_reduce(hidden * weights[:, None], "sum", lengths=lengths, axis=0)
-    return (total / torch.segment_reduce(weights, "sum", lengths=lengths)[:, None]).to(hidden.dtype)
+    # lengths were checked above, and need not be once more on the device
+    total = torch.segment_reduce(hidden * weights[:, None], "sum", lengths=lengths, axis=0, unsafe=True)
+    weight = torch.segment_reduce(weights, "sum", lengths=lengths, unsafe=True)
+    return (total / weight[:, None]).to(hidden.dtype)
 
 
 def checked_lengths(

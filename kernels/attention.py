@@ -222,6 +222,12 @@ def flash_attn_varlen_func(
         raise NotImplementedError("block_table is not supported")
     q, k, v = _autocast(q, k, v)
     _check_tensors(q, k, v, cu_seqlens_q, cu_seqlens_k)
+    if (
+        layout is not None and not torch.compiler.is_compiling()
+    ):  # which would compile for one number of tokens
+        of_keys = layout if isinstance(layout, PackedLayout) else layout[1]
+        _check_layout("queries", layout if isinstance(layout, PackedLayout) else layout[0], q, cu_seqlens_q)
+        _check_layout("keys", of_keys, k, cu_seqlens_k)
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
     left, right = (-1 if w is None or w < 0 else int(w) for w in window_size)
@@ -356,10 +362,8 @@ def _attention_with_alibi(
 
 def _layouts(layout, queries: tuple, keys: tuple) -> tuple[PackedLayout, PackedLayout]:
     """The layouts of queries and keys; of either side the offsets, a tensor that tells T, and max_seqlen."""
-    if isinstance(layout, PackedLayout):
-        return layout, layout
     if layout is not None:
-        return layout
+        return (layout, layout) if isinstance(layout, PackedLayout) else layout
 
     def recalled(cu_seqlens: Tensor, tokens: Tensor, longest: object) -> PackedLayout:
         # some callers keep the maximum in a tensor, which would have to be waited for
@@ -378,7 +382,7 @@ def _dropout_seed(dropout_p: float, seed: Tensor | int | None, device: torch.dev
         return torch.randint(-(2**62), 2**62, (1,), device=device)
     if isinstance(seed, Tensor):
         return seed.to(device, torch.int64).view(1)
-    return torch.tensor([seed], dtype=torch.int64, device=device)
+    return torch.full((1,), seed, dtype=torch.int64, device=device)  # which waits for no copy
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> None:
@@ -407,6 +411,15 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seq
     if not (q.device == k.device == v.device == cu_seqlens_q.device == cu_seqlens_k.device):
         devices = {str(x.device) for x in (q, k, v, cu_seqlens_q, cu_seqlens_k)}
         raise ValueError(f"all tensors must be on one device, got {sorted(devices)}")
+
+
+def _check_layout(side: str, layout: PackedLayout, tokens: Tensor, cu_seqlens: Tensor) -> None:
+    """Refuse a layout of another batch: its tiles would be read and written behind the tensors' end."""
+    found = layout.total, layout.batch_size, layout.cu_seqlens.device
+    wanted = tokens.shape[0], cu_seqlens.shape[0] - 1, tokens.device
+    if found != wanted:
+        told = "{} tokens in {} sequences on {}"
+        raise ValueError(f"the layout of {side} is of {told.format(*found)}, they are {told.format(*wanted)}")
 
 
 def flash_attn_varlen_ref(

@@ -32,7 +32,8 @@ def resolve_backend(backend: str, tensor: Tensor) -> str:
     """Return "triton" or "torch": which implementation runs on this tensor.
 
     Args:
-        backend: "auto" (Triton on a CUDA or HIP tensor if it is installed, else torch), "triton" or "torch".
+        backend: "auto" (Triton on a HIP tensor, or a CUDA one of Ampere or newer, if it is installed; else
+            torch), "triton" or "torch".
         tensor: any tensor of the call.
 
     Raises:
@@ -40,7 +41,7 @@ def resolve_backend(backend: str, tensor: Tensor) -> str:
             Triton's interpreter.
     """
     if backend == "auto":
-        return "triton" if tensor.is_cuda and knobs is not None else "torch"
+        return "triton" if tensor.is_cuda and knobs is not None and not too_old(tensor.device) else "torch"
     if backend not in ("triton", "torch"):
         raise ValueError(f"backend must be 'auto', 'triton' or 'torch', got {backend!r}")
     if backend == "triton" and knobs is None:
@@ -48,6 +49,13 @@ def resolve_backend(backend: str, tensor: Tensor) -> str:
     if backend == "triton" and not tensor.is_cuda and not interpreted():
         raise ValueError(f"backend='triton' needs a CUDA or HIP tensor, got one on {tensor.device}")
     return backend
+
+
+def too_old(device: torch.device) -> bool:
+    """Tell whether a GPU is older than Ampere: Triton does not support it, and no tile was made for it."""
+    if torch.version.hip is not None or not torch.cuda.is_available():
+        return False
+    return torch.cuda.get_device_properties(device).major < 8
 
 
 def interpreted() -> bool:
@@ -88,8 +96,14 @@ def unobserved(*tensors: Tensor) -> bool:
 
 def precision(dtype: torch.dtype) -> str:
     """Return Triton's `input_precision`: fp32 products are exact unless torch's switch allows TF32."""
-    allowed = dtype == torch.float32 and torch.version.hip is None and torch.backends.cuda.matmul.allow_tf32
-    return "tf32" if allowed else "ieee"
+    # not `allow_tf32`, which raises once fp32_precision has been set
+    switch = torch.backends.cuda.matmul.fp32_precision if torch.version.hip is None else "ieee"
+    return "tf32" if dtype == torch.float32 and switch == "tf32" else "ieee"
+
+
+# Every launch contracts multiplications and additions, as what was compiled and counted here does. Triton's
+# own default is about to change.
+FUSED = {"enable_fp_fusion": True}
 
 
 @functools.cache

@@ -4,7 +4,6 @@ Layout legend: B sequences, L padded length, T packed tokens, G query heads that
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -140,12 +139,23 @@ class PackedLayout:
         return self.kept(("sequence",), build)
 
     def kept(self, key: tuple, build: Callable[[], Any]) -> Any:
-        """Return what `build` makes of this batch, made once for each key."""
-        if key not in self._maps:
-            # no inference tensor may be saved for backward, should the layout serve training later
-            with nullcontext() if torch.compiler.is_compiling() else torch.inference_mode(False):
+        """Return what `build` makes of this batch, made once for each key and, on a GPU, stream.
+
+        In a graph that is captured it is made anew: the graph makes it again at every replay.
+        """
+        if torch.compiler.is_compiling():
+            if key not in self._maps:
                 self._maps[key] = build()
-        return self._maps[key]
+            return self._maps[key]
+        keyed = _on_stream(key, self.cu_seqlens.device)
+        found = None if keyed is None else self._maps.get(keyed)
+        if found is None:
+            # no inference tensor may be saved for backward, should the layout serve training later
+            with torch.inference_mode(False):
+                found = build()
+            if keyed is not None:
+                self._maps[keyed] = found
+        return found
 
     def tiles(self, block: int, group: int = 1, align: int = 1) -> Tensor:
         """Return the tile map: (N, 2) int32, first and last + 1 row of every tile, longest sequences first.
@@ -222,17 +232,28 @@ class Split(NamedTuple):
 _recent: dict[tuple, PackedLayout] = {}
 
 
+def _on_stream(key: tuple, device: torch.device) -> tuple | None:
+    """The key of what is kept for one stream, as others would not wait for it.
+
+    None while a graph is captured: it would replay the maps of one batch, and what it makes is not there yet.
+    """
+    if device.type != "cuda" or not torch.cuda.is_initialized():
+        return key
+    if torch.cuda.is_current_stream_capturing():
+        return None
+    return *key, torch.cuda.current_stream(device).cuda_stream
+
+
 def _recalled(key: tuple, device: torch.device, build: Callable[[], PackedLayout]) -> PackedLayout:
     """Find one of the last layouts again."""
-    if device.type == "cuda" and torch.cuda.is_initialized():
-        if torch.cuda.is_current_stream_capturing():  # the graph would replay the maps of one batch
-            return build()
-        key = (*key, torch.cuda.current_stream(device).cuda_stream)  # others wouldn't wait for the maps
-    layout = _recent.pop(key, None)
+    keyed = _on_stream(key, device)
+    if keyed is None:
+        return build()
+    layout = _recent.pop(keyed, None)
     if layout is None:
         with torch.inference_mode(False):  # it may serve training later
             layout = build()
-    _recent[key] = layout  # the latest comes last
+    _recent[keyed] = layout  # the latest comes last
     while len(_recent) > _KEPT:
         _recent.pop(next(iter(_recent)), None)
     return layout

@@ -629,6 +629,39 @@ def test_sanitised():
     ladder.sanitize(__file__, select="small")
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("mode", ["plain", "dropout", "window"])
+@pytest.mark.parametrize(
+    ("dim", "dtype"),
+    [
+        (64, torch.bfloat16),
+        (128, torch.bfloat16),
+        (256, torch.float16),
+        (64, torch.float32),
+        (128, torch.float32),
+    ],
+)
+def test_large_tiles_on_a_gpu(dim, dtype, mode):
+    """Many blocks of keys a tile: the loops' steady state, which batches for an interpreter never reach."""
+    lengths = [700, 130, 5, 513]
+    check(make((lengths, lengths), 4, 2, dim, dtype, device="cuda"), MODES[mode], backend="triton")
+
+
+def test_a_layout_of_another_batch_is_refused():
+    """Regression: its tiles were read and written behind the tensors' end."""
+    q, k, v, cu, _ = make(([3, 5], [3, 5]), 2, 2, 16, torch.float32)
+    for lengths in ([3, 6], [3, 2, 3]):
+        with pytest.raises(ValueError, match="the layout of queries is of"):
+            flash_attn_varlen_func(q, k, v, cu, cu, layout=PackedLayout.from_lengths(lengths))
+    right = PackedLayout.from_lengths([3, 5])
+    with pytest.raises(
+        ValueError, match="the layout of keys is of 9 tokens in 2 sequences on cpu, they are 8"
+    ):
+        flash_attn_varlen_func(q, k, v, cu, cu, layout=(right, PackedLayout.from_lengths([3, 6])))
+    flash_attn_varlen_func(q, k, v, cu, cu, layout=right)
+
+
 @pytest.mark.parametrize("arch", ARCHS)
 def test_configurations_cover_every_head_dimension(arch):
     for kernel, plain in itertools.product(("fwd", "dq", "dkv"), (False, True)):

@@ -74,13 +74,15 @@ def tf32():
     """Whether fp32 products may be TF32, restored afterwards."""
     switch, before = torch.backends.cuda.matmul, torch.backends.cuda.matmul.allow_tf32
     yield switch
+    switch.fp32_precision = "none"  # which the new name may have left behind
     switch.allow_tf32 = before
 
 
+@pytest.mark.parametrize("name", ["allow_tf32", "fp32_precision"])
 @pytest.mark.parametrize("allowed", [False, True], ids=["exact", "tf32"])
-def test_fp32_products_follow_torchs_switch(allowed, tf32):
-    """Regression: attention multiplied fp32 exactly whatever `allow_tf32` said."""
-    tf32.allow_tf32 = allowed
+def test_fp32_products_follow_torchs_switch(allowed, name, tf32):
+    """Regression: attention multiplied exactly whatever `allow_tf32` said, and raised at the newer name."""
+    setattr(tf32, name, allowed if name == "allow_tf32" else "tf32" if allowed else "ieee")
     for dtype in (torch.float32, torch.bfloat16):
         with static.recorded_launches("sm80") as launches:
             attend(64, dtype)
@@ -126,6 +128,23 @@ def test_every_launch_is_inside_the_device_guard(call, monkeypatch):
         monkeypatch.setattr(JITFunction, "run", lambda *args, **kwargs: depths.append(depth))
         CALLS[call](64)
     assert depths and all(depth == 1 for depth in depths)
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_every_launch_contracts_as_what_was_compiled(call):
+    """Regression: it was left to Triton, whose default changes in 3.10, and with it registers and speed."""
+    with static.recorded_launches("sm80") as launches:
+        CALLS[call](64)
+    assert launches and all(dict(one.options)["enable_fp_fusion"] is True for one in launches)
+
+
+@pytest.mark.parametrize(("major", "backend"), [(7, "torch"), (8, "triton")])
+def test_gpus_before_ampere_take_torch(major, backend, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=major))
+    there = SimpleNamespace(is_cuda=True, device=torch.device("cuda"))
+    assert launch.resolve_backend("auto", there) == backend
+    assert launch.resolve_backend("triton", there) == "triton"
 
 
 def test_the_guard_takes_the_tensors_device():

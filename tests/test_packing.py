@@ -151,6 +151,21 @@ def test_few_layouts_are_kept_and_none_of_a_graph_or_another_stream(monkeypatch)
         recalled(length)
     assert len(packing._recent) == 16 and recalled(1) is not first
 
+    def made():
+        return layout.kept(("key",), lambda: torch.ones(1))
+
+    layout = PackedLayout(SimpleNamespace(device=device), 4)
+    stream.cuda_stream = 1
+    one = made()
+    assert made() is one
+    stream.cuda_stream = 2
+    two = made()
+    assert two is not one and made() is two
+    stream.cuda_stream = 0  # capturing
+    assert made() is not made()
+    stream.cuda_stream = 1
+    assert made() is one
+
 
 def test_a_transform_does_not_leave_its_tensors_behind(monkeypatch):
     """Regression: functionalize left a wrapper as offsets, which failed every later call of the shape."""

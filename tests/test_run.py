@@ -371,6 +371,22 @@ def test_bf16_products_keep_weights_and_pooling_in_float32(checkpoint, tmp_path,
     )  # no trace of bf16 stays
 
 
+def test_latent_pooling_in_bf16_gives_float32(checkpoint):
+    """As stages train it on a GPU, where in float32 its kernels would not run."""
+    encoder = Encoder.from_pretrained(checkpoint, pooling="latent", dtype="float32", device="cpu")
+    features = encoder[0](encoder.preprocess(TEXTS[:3]))
+    exact = encoder[1](dict(features))["sentence_embedding"]
+    with trainer.autocast_latents(encoder[1], True):
+        rounded = encoder[1](dict(features))["sentence_embedding"]
+    assert rounded.dtype == torch.float32 and not torch.equal(rounded, exact)
+    torch.testing.assert_close(rounded, exact, rtol=0.05, atol=0.05)
+    rounded.square().sum().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in encoder[1].parameters())
+    for pooling, enabled in ((encoder[1], False), (load(checkpoint)[1], True)):  # off, and no such layer
+        with trainer.autocast_latents(pooling, enabled):
+            assert torch.equal(encoder[1](dict(features))["sentence_embedding"], exact)
+
+
 def test_evaluation_during_and_after(checkpoint, tmp_path, capsys):
     calls = []
 

@@ -168,6 +168,30 @@ def autocast_forward(backbone: Any, enabled: bool) -> Iterator[None]:
 
 
 @contextmanager
+def autocast_latents(pooling: nn.Module, enabled: bool) -> Iterator[None]:
+    """Multiply in bfloat16 in latent pooling too, for a while: its kernels on a GPU are of half precision.
+
+    What leaves it is float32, as the loss expects.
+    """
+    layer: Any = getattr(pooling, "latent_attention_model", None)
+    if not enabled or layer is None:
+        yield
+        return
+    original, device = layer.forward, next(layer.parameters()).device.type
+
+    @wraps(original)
+    def forward(*args: Any, **kwargs: Any) -> Tensor:
+        with torch.autocast(device, dtype=torch.bfloat16):
+            return original(*args, **kwargs).float()
+
+    layer.forward = forward
+    try:
+        yield
+    finally:
+        del layer.forward
+
+
+@contextmanager
 def compiled_layers(backbone: Any, enabled: bool) -> Iterator[None]:
     """Compile the decoder layers for a while, on a CPU: a few programs serve all layers and every batch.
 

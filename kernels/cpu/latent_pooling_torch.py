@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-SLAB_ROWS = 256  # tokens taken at a time: their F pre-activations stay near the cache
+SLAB_ROWS = 256  # tokens taken at a time on a CPU: their F pre-activations stay near the cache
+SLAB_ROWS_GPU = 4096
 
 Norm = tuple[Tensor, Tensor, float] | None  # gain (d,), shift (d,), eps
 
@@ -25,8 +26,10 @@ def sequence_ids(cu_seqlens: Tensor, tokens: int) -> Tensor:
     return torch.searchsorted(cu_seqlens, torch.arange(tokens, device=cu_seqlens.device), right=True) - 1
 
 
-def slabs(tokens: int, size: int = SLAB_ROWS) -> Iterator[slice]:
-    return (slice(start, min(start + size, tokens)) for start in range(0, tokens, size))
+def slabs(x: Tensor, size: int | None = None) -> Iterator[slice]:
+    """Rows of x, so many at a time; by default as many as suit its device."""
+    size, rows = size or (SLAB_ROWS if x.device.type == "cpu" else SLAB_ROWS_GPU), x.shape[0]
+    return (slice(start, min(start + size, rows)) for start in range(0, rows, size))
 
 
 def normalise(x: Tensor, norm: Norm) -> Tensor:
@@ -85,10 +88,10 @@ class LinearGradients:
         self.shift += dshift
 
 
-def softmax(x: Tensor, norm: Norm, score: Tensor, num_heads: int, slab_rows: int = SLAB_ROWS) -> Tensor:
+def softmax(x: Tensor, norm: Norm, score: Tensor, num_heads: int) -> Tensor:
     """Probabilities (T, H*R) of each token over the latents of each head."""
     probs = x.new_empty(x.shape[0], score.shape[0])
-    for rows in slabs(x.shape[0], slab_rows):
+    for rows in slabs(x):
         scores = wide_linear(normalise(x[rows], norm), score).unflatten(1, (num_heads, -1))
         probs[rows] = scores.softmax(-1).flatten(1)
     return probs
@@ -101,11 +104,10 @@ def softmax_backward(
     norm: Norm,
     score: Tensor,
     num_heads: int,
-    slab_rows: int = SLAB_ROWS,
 ) -> LinearGradients:
     """Gradients of `softmax` for x, the norm and score."""
     grads = LinearGradients(x, norm, score)
-    for rows in slabs(x.shape[0], slab_rows):
+    for rows in slabs(x):
         p = probs[rows].to(accumulator(x.dtype)).unflatten(1, (num_heads, -1))
         dp = dprobs[rows].unflatten(1, (num_heads, -1)) * p
         dscores = dp.sub_(p * dp.sum(-1, keepdim=True)).flatten(1)
@@ -148,7 +150,7 @@ def mlp_pool(
     ids, batch = sequence_ids(cu_seqlens, x.shape[0]), cu_seqlens.shape[0] - 1
     inner = weights.new_zeros(batch, up.shape[0] // 2 if gated else up.shape[0])
     outer = weights.new_zeros((batch, x.shape[1]) if residual else (0,))
-    for rows in slabs(x.shape[0]):
+    for rows in slabs(x):
         z = wide_linear(normalise(x[rows], norm), up, up_bias)
         inner.index_add_(0, ids[rows], activate(z, gated).mul_(weights[rows, None]))
         if residual:
@@ -171,7 +173,7 @@ def mlp_pool_backward(
     again."""
     ids = sequence_ids(cu_seqlens, x.shape[0])
     grads, dbias = LinearGradients(x, norm, up), torch.zeros_like(up_bias)
-    for rows in slabs(x.shape[0]):
+    for rows in slabs(x):
         normed = normalise(x[rows], norm)
         dout = dinner[ids[rows]].mul_(weights[rows, None])
         dz = activate_backward(dout, wide_linear(normed, up, up_bias), gated)
@@ -195,7 +197,7 @@ def plain_pool(
     """Sum weights * act(softmax(x score^T) value^T + up_bias) over each sequence."""
     ids = sequence_ids(cu_seqlens, x.shape[0])
     inner = weights.new_zeros(cu_seqlens.shape[0] - 1, value.shape[0] // 2 if gated else value.shape[0])
-    for rows in slabs(x.shape[0]):
+    for rows in slabs(x):
         z = wide_linear(softmax(x[rows], None, score, num_heads), value, up_bias)
         inner.index_add_(0, ids[rows], activate(z, gated).mul_(weights[rows, None]))
     return inner

@@ -25,6 +25,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from uncausal.kernels.cpu.attention_torch import Options, dropout_threshold
 from uncausal.kernels.launch import (
     ATTENTION_TF32,
+    FUSED,
     OWN_TILE_TOKENS,
     architecture,
     attention_config,
@@ -532,7 +533,7 @@ def attention_forward(
         _attn_fwd_kernel[tiles.shape[0], k.shape[1]](
             **arguments, **_descriptors(k, v, _config("fwd", q, options, shared)), SHARED=shared,
             out_ptr=out, lse_ptr=lse, seq_ptr=maps.sequences_q, tiles_ptr=tiles,
-            stride_ot=out.stride(0), stride_oh=out.stride(1),
+            stride_ot=out.stride(0), stride_oh=out.stride(1), **FUSED,
         )  # fmt: skip
     return out, lse
 
@@ -568,13 +569,13 @@ def attention_backward(
             lse2_ptr=lse2, delta_ptr=delta,
             stride_ot=out.stride(0), stride_oh=out.stride(1), stride_dt=dout.stride(0),
             stride_dh=dout.stride(1), stride_lh=lse.stride(0), num_tokens=q.shape[0],
-            D=q.shape[2], BLOCK_D=arguments["BLOCK_D"], BLOCK_M=rows, HAS_DLSE=dlse is not None,
+            D=q.shape[2], BLOCK_D=arguments["BLOCK_D"], BLOCK_M=rows, HAS_DLSE=dlse is not None, **FUSED,
         )  # fmt: skip
     for tiles, shared in _launches(maps.dq_long, maps.dq_short):
         _attn_bwd_dq_kernel[tiles.shape[0], k.shape[1]](
             **arguments, **_descriptors(k, v, _config("dq", q, options, shared)), SHARED=shared,
             dq_ptr=dq, seq_ptr=maps.sequences_q, tiles_ptr=tiles,
-            stride_gt=dq.stride(0), stride_gh=dq.stride(1),
+            stride_gt=dq.stride(0), stride_gh=dq.stride(1), **FUSED,
         )  # fmt: skip
     # above 128 dimensions, 64 in fp32, the registers hold one of the two sums
     both = q.shape[2] * q.element_size() <= 256
@@ -584,6 +585,6 @@ def attention_backward(
             _attn_bwd_dkv_kernel[tiles.shape[0], k.shape[1]](
                 **arguments, **_config("dkv", q, options, shared), SHARED=shared,
                 dk_ptr=dk, dv_ptr=dv, seq_ptr=maps.sequences_k, tiles_ptr=tiles,
-                stride_gt=dk.stride(0), stride_gh=dk.stride(1), DK=want_dk, DV=want_dv,
+                stride_gt=dk.stride(0), stride_gh=dk.stride(1), DK=want_dk, DV=want_dv, **FUSED,
             )  # fmt: skip
     return dq, dk, dv

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from uncausal.kernels.cpu.info_nce_torch import CACHED_BYTES, Negatives
-from uncausal.kernels.launch import architecture, info_nce_config, precision, processors
+from uncausal.kernels.launch import FUSED, architecture, info_nce_config, precision, processors
 
 _LOG2E = math.log2(math.e)
 _FUSED_D = 256
@@ -224,7 +224,8 @@ def _lse(x, y, scale, limit, x_ids, y_ids, diagonal: int) -> Tensor:
     _info_nce_lse_kernel[(triton.cdiv(n, block_m), splits)](
         x_ptr=x, y_ptr=y, lse_ptr=lse, limit_ptr=limit, x_ids_ptr=x_ids, y_ids_ptr=y_ids, scale_ptr=scale,
         N=n, M=m, diagonal=diagonal, columns_per_split=per_split, stride_x=x.stride(0), stride_y=y.stride(0),
-        D=d, HAS_LIMIT=limit is not None, HAS_IDS=x_ids is not None, PRECISION=precision(x.dtype), **config,
+        D=d, HAS_LIMIT=limit is not None, HAS_IDS=x_ids is not None, PRECISION=precision(x.dtype),
+        **config, **FUSED,
     )  # fmt: skip
     lse = lse / _LOG2E
     return lse[0] if splits == 1 else lse.logsumexp(0)
@@ -248,7 +249,7 @@ def _grad(x, y, scale, x_side, y_side, x_ids, y_ids, diagonal: int) -> tuple[Ten
         N=n, M=m, diagonal=diagonal, columns_per_split=per_split, stride_x=x.stride(0),
         stride_y=y.stride(0), D=d, HAS_X=x_side is not None, HAS_Y=y_side is not None,
         HAS_LIMIT=x_limit is not None or y_limit is not None, HAS_IDS=x_ids is not None,
-        PRECISION=precision(x.dtype), **config,
+        PRECISION=precision(x.dtype), **config, **FUSED,
     )  # fmt: skip
     return (out[0], mass[0]) if splits == 1 else (out.sum(0), mass.sum(0))
 
@@ -279,7 +280,7 @@ def _grad_chunked(q, k, scale, row_side, col_side, row_ids, col_ids, offset: int
             x_ids_ptr=None if row_ids is None else row_ids[rows], y_ids_ptr=col_ids, scale_ptr=scale,
             N=len(x), M=m, diagonal=start + offset, stride_x=q.stride(0), stride_y=k.stride(0),
             stride_o=g.stride(0), D=d, HAS_Y=col_side is not None, HAS_LIMIT=limit is not None,
-            HAS_IDS=row_ids is not None, PRECISION=precision(q.dtype), **config,
+            HAS_IDS=row_ids is not None, PRECISION=precision(q.dtype), **config, **FUSED,
         )  # fmt: skip
         dq[rows] = _wide_product(part, k)
         dk += _wide_product(part.T, x)

@@ -9,6 +9,7 @@ what vendor libraries do best. Ours are the products that have one:
 A tile of tokens adds up each of its sequences apart. Tiles and sequences both advance along the tokens, so
 (tile, sequence) -> row tile + sequence is one-to-one: partial sums fill tiles + B rows, and a second kernel
 adds the rows of a sequence in order. No atomics, no padding at sequence ends, the same bits every time.
+(Torch adds token weights by atomics before: where they are no integers, sums may differ in the last bit.)
 
 Layout legend: B sequences, T packed tokens, D hidden size, H heads, R latents, F rows of up, W width of the
 sums (F, or F / 2 with a gate). Weights are (out, in).
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from uncausal.kernels.cpu import latent_pooling_torch as plain
 from uncausal.kernels.cpu.latent_pooling_torch import LinearGradients, Norm, normalise, sequence_ids
-from uncausal.kernels.launch import Tile, architecture
+from uncausal.kernels.launch import FUSED, Tile, architecture
 
 SLAB_ROWS = 4096  # tokens whose (rows, F) gradient exists at a time in backward
 MAX_LATENTS = 512  # of a head, whose scores a tile holds
@@ -293,7 +294,7 @@ def supports_plain(x: Tensor, score: Tensor, num_heads: int) -> bool:
 def softmax(x: Tensor, norm: Norm, score: Tensor, num_heads: int) -> Tensor:
     """Probabilities (T, H*R) of each token over the latents of each head."""
     if score.shape[0] > MAX_LATENTS * num_heads:
-        return plain.softmax(x, norm, score, num_heads, SLAB_ROWS)
+        return plain.softmax(x, norm, score, num_heads)
     x, score = normalise(x, norm), score.contiguous()
     (tokens, d), latents = x.shape, score.shape[0] // num_heads
     probs = x.new_empty(tokens, score.shape[0])
@@ -301,7 +302,7 @@ def softmax(x: Tensor, norm: Norm, score: Tensor, num_heads: int) -> Tensor:
     _softmax_kernel[(triton.cdiv(tokens, tile.block_m), num_heads)](
         x, score, probs, tokens, D=d, H=num_heads, R=latents, BLOCK_M=tile.block_m,
         BLOCK_R=max(16, triton.next_power_of_2(latents)), BLOCK_K=tile.block_k,
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        num_warps=tile.num_warps, num_stages=tile.num_stages, **FUSED,
     )  # fmt: skip
     return probs
 
@@ -311,13 +312,13 @@ def softmax_backward(
 ) -> LinearGradients:
     """Gradients of `softmax` for x, the norm and score."""
     if score.shape[0] > MAX_LATENTS * num_heads:
-        return plain.softmax_backward(dprobs, probs, x, norm, score, num_heads, SLAB_ROWS)
+        return plain.softmax_backward(dprobs, probs, x, norm, score, num_heads)
     grads, latents = LinearGradients(x, norm, score), score.shape[0] // num_heads
-    for rows in plain.slabs(x.shape[0], SLAB_ROWS):
+    for rows in plain.slabs(x, SLAB_ROWS):
         p, dscores = probs[rows], torch.empty_like(probs[rows])
         _softmax_bwd_kernel[(triton.cdiv(len(p), 8), num_heads)](
             dprobs[rows].contiguous(), p, dscores, len(p), H=num_heads, R=latents, BLOCK_M=8,
-            BLOCK_R=triton.next_power_of_2(latents), num_warps=4,
+            BLOCK_R=triton.next_power_of_2(latents), num_warps=4, **FUSED,
         )  # fmt: skip
         grads.add(rows, normalise(x[rows], norm), dscores)
     return grads
@@ -335,7 +336,7 @@ def _row_sums(values: Tensor, weights: Tensor | None, begin: Tensor, end: Tensor
     out = values.new_empty(len(begin), values.shape[1], dtype=torch.float32)
     _row_sum_kernel[(len(begin), triton.cdiv(values.shape[1], 128))](
         values, weights, begin, end, out, W=values.shape[1], WEIGHTED=weights is not None,
-        BLOCK_M=16, BLOCK_N=128, num_warps=4,
+        BLOCK_M=16, BLOCK_N=128, num_warps=4, **FUSED,
     )  # fmt: skip
     return out
 
@@ -360,7 +361,7 @@ def mlp_pool(
         normalise(x, norm), up.contiguous(), up_bias, weights, ids, partial, tokens,
         D=d, W=width, GATED=gated, GROUP=GROUP_M,
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        num_warps=tile.num_warps, num_stages=tile.num_stages, **FUSED,
     )  # fmt: skip
     inner = _reduce(partial, cu_seqlens, tile.block_m)
     outer = _row_sums(x, weights, cu_seqlens[:-1], cu_seqlens[1:]) if residual else weights.new_empty(0)
@@ -382,7 +383,7 @@ def mlp_pool_backward(
     ids, dinner, up = sequence_ids(cu_seqlens, x.shape[0]), dinner.contiguous(), up.contiguous()
     grads, dbias = LinearGradients(x, norm, up), torch.zeros_like(up_bias)
     tile = _tile("mlp", x.device)
-    for rows in plain.slabs(x.shape[0], SLAB_ROWS):
+    for rows in plain.slabs(x, SLAB_ROWS):
         normed = normalise(x[rows], norm)
         dz = x.new_empty(len(normed), up.shape[0])
         grid = (triton.cdiv(len(normed), tile.block_m) * triton.cdiv(dinner.shape[1], tile.block_n),)
@@ -390,7 +391,7 @@ def mlp_pool_backward(
             dinner, normed, up, up_bias, weights[rows], ids[rows], dz, len(normed),
             D=x.shape[1], W=dinner.shape[1], GATED=gated, GROUP=GROUP_M,
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
-            num_warps=tile.num_warps, num_stages=tile.num_stages,
+            num_warps=tile.num_warps, num_stages=tile.num_stages, **FUSED,
         )  # fmt: skip
         dbias += dz.sum(0, dtype=dbias.dtype)
         grads.add(rows, normed, dz)
@@ -422,6 +423,6 @@ def plain_pool(
         x, score.contiguous(), value.contiguous(), up_bias, weights, ids, partial, tokens,
         D=d, H=num_heads, R=score.shape[0] // num_heads, W=width, GATED=gated,
         BLOCK_M=tile.block_m, BLOCK_N=block_n, BLOCK_K=tile.block_k,
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        num_warps=tile.num_warps, num_stages=tile.num_stages, **FUSED,
     )  # fmt: skip
     return _reduce(partial, cu_seqlens, tile.block_m)

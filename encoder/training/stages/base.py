@@ -22,7 +22,7 @@ from uncausal.encoder.training.lora import LORA_TARGETS
 from uncausal.encoder.training.losses import InfoNCELoss
 from uncausal.encoder.training.ranks import sharded_by
 from uncausal.encoder.training.samplers import LengthGrouped
-from uncausal.encoder.training.trainer import PairTrainer, StageTrainer, autocast_forward
+from uncausal.encoder.training.trainer import PairTrainer, StageTrainer, autocast_forward, autocast_latents
 
 LossFactory = Callable[[SentenceTransformer], nn.Module]
 AGAINST_COMPILED_LAYERS = ("activation_checkpointing", "gradient_checkpointing")  # draws other dropout
@@ -182,7 +182,11 @@ class Stage:
                 name = "activation_checkpointing" if new else "gradient_checkpointing"
                 getattr(backbone, f"{name}_enable")({"use_reentrant": False})
                 stack.callback(getattr(backbone, f"{name}_disable"))
-            stack.enter_context(autocast_forward(backbone, self.in_bf16(backbone)))
+            in_bf16 = self.in_bf16(backbone)
+            stack.enter_context(autocast_forward(backbone, in_bf16))
+            pooling = encoder[1] if len(encoder) > 1 else nn.Identity()
+            on_gpu = backbone.device.type == "cuda"  # on a CPU float32 costs little, and is exact
+            stack.enter_context(autocast_latents(pooling, in_bf16 and on_gpu))
             yield
 
     def in_bf16(self, backbone: Any) -> bool:
