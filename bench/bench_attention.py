@@ -152,13 +152,13 @@ def contest(settings: Settings, sizes: list[int], dim: int, backward: bool) -> C
     """Attention of one batch by every provider that can, after a check against float64."""
     batch = make_batch(settings, sizes, dim)
     ready, missing = gather(PROVIDERS, batch)
-    runs, facts = {}, {}
+    runs, facts, exact = {}, {}, _exact(batch, backward)
     for name, provider in ready.items():
         layout, inputs = getattr(provider, "layout", None), (batch.q, batch.k, batch.v, batch.dout)
         if layout is not None:
             inputs = tuple(unpack(x.detach(), layout).requires_grad_(x.requires_grad) for x in inputs)
         try:
-            facts[name] = {"error": _error(batch, provider, inputs, backward)}
+            facts[name] = {"error": _error(exact, batch, provider, inputs)}
         except RuntimeError as reason:  # a backend that refuses these shapes
             missing[name] = str(reason).splitlines()[0]
             continue
@@ -168,21 +168,29 @@ def contest(settings: Settings, sizes: list[int], dim: int, backward: bool) -> C
     return Contest(runs, missing, {"flops": flops}, facts, rounds=9, peak=allocated_bytes)
 
 
-def _error(batch: Batch, provider: Provider, inputs: tuple[Tensor, ...], backward: bool) -> float:
-    """The largest error against float64; a wrong answer has no speed, nor on a GPU a wrong gradient."""
-    cu, gradients = batch.layout.cu_seqlens, backward and batch.q.is_cuda
-    exact = [x.detach().double().requires_grad_(gradients) for x in (batch.q, batch.k, batch.v)]
-    want, _ = flash_attn_varlen_ref(*exact, cu, cu)
+def _exact(batch: Batch, backward: bool) -> list[Tensor]:
+    """The reference's output in float64, and on a GPU gradients; by sequence, as they take much memory."""
+    gradients, found = backward and batch.q.is_cuda, []
+    for q, k, v, dout in zip(*(x.split(batch.lengths) for x in batch[:4]), strict=True):
+        inputs = [x.detach().double().requires_grad_(gradients) for x in (q, k, v)]
+        cu = torch.tensor([0, len(q)], dtype=torch.int32, device=q.device)
+        out, _ = flash_attn_varlen_ref(*inputs, cu, cu)
+        of_inputs = torch.autograd.grad(out, inputs, dout.double()) if gradients else ()
+        found.append([out.detach(), *of_inputs])
+    return [torch.cat(parts) for parts in zip(*found, strict=True)]
+
+
+def _error(exact: list[Tensor], batch: Batch, provider: Provider, inputs: tuple[Tensor, ...]) -> float:
+    """The largest error against `_exact`; a wrong answer has no speed, nor has a wrong gradient."""
+    gradients = len(exact) > 1
     with torch.set_grad_enabled(gradients):
         out = provider(*inputs[:3])
-    error = _distance(out, want, batch.layout)
+    error = _distance(out, exact[0], batch.layout)
     allowed = 1e-4 if out.dtype == torch.float32 else 0.05
     assert error < allowed, f"error {error:.3g}"
     if gradients:
         found = torch.autograd.grad(out, inputs[:3], inputs[3])
-        for name, a, b in zip(
-            "qkv", found, torch.autograd.grad(want, exact, batch.dout.double()), strict=True
-        ):
+        for name, a, b in zip("qkv", found, exact[1:], strict=True):
             share = _distance(a, b, batch.layout) / float(b.abs().max())
             assert share < allowed, f"error {share:.3g} of the gradient of {name}"
     return error
@@ -190,7 +198,7 @@ def _error(batch: Batch, provider: Provider, inputs: tuple[Tensor, ...], backwar
 
 def _distance(found: Tensor, exact: Tensor, layout: PackedLayout) -> float:
     packed = pack(found, layout)[0] if found.dim() == 4 else found
-    return float((packed.detach().double() - exact.detach()).abs().max())
+    return float((packed.detach().double() - exact).abs().max())
 
 
 def forward(provider: Provider, q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> None:

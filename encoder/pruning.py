@@ -40,7 +40,6 @@ class Pruning:
         triplets: rows for the losses, drawn from all sets, without instructions. temperature: of the loss.
         min_score: of scored pairs, take those whose score is at least this.
         max_length: longer texts are cut.
-        seed: of the draw.
     """
 
     keep: str | int = "large"
@@ -49,7 +48,6 @@ class Pruning:
     temperature: float = 0.02
     min_score: float | None = None
     max_length: int = 512
-    seed: int = 42
 
     def __post_init__(self) -> None:
         if self.keep not in ("small", "large") and (isinstance(self.keep, str) or self.keep < 1):
@@ -90,7 +88,7 @@ class Pruning:
         share = min(self.triplets / sum(map(len, sets)), 1)  # of every set, however many there are
         rows = [
             row
-            for part in (part.shuffle(self.seed).select(range(math.ceil(share * len(part)))) for part in sets)
+            for part in (part.shuffle(seed=0).select(range(math.ceil(share * len(part)))) for part in sets)
             for row in zip(*(part[name] for name in text_columns(part)[:width]), strict=True)
         ]
         losses = layer_losses(

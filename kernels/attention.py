@@ -414,12 +414,19 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seq
 
 
 def _check_layout(side: str, layout: PackedLayout, tokens: Tensor, cu_seqlens: Tensor) -> None:
-    """Refuse a layout of another batch: its tiles would be read and written behind the tensors' end."""
+    """Refuse a layout of another batch: its tiles would be read and written behind the tensors' end.
+
+    The lengths themselves are compared on a CPU alone, as the host would wait for a GPU's.
+    """
     found = layout.total, layout.batch_size, layout.cu_seqlens.device
     wanted = tokens.shape[0], cu_seqlens.shape[0] - 1, tokens.device
     if found != wanted:
         told = "{} tokens in {} sequences on {}"
         raise ValueError(f"the layout of {side} is of {told.format(*found)}, they are {told.format(*wanted)}")
+    if tokens.device.type == "cpu" and layout.cu_seqlens is not cu_seqlens:
+        if not torch.equal(layout.cu_seqlens, cu_seqlens):
+            offsets = cu_seqlens.tolist()
+            raise ValueError(f"the layout of {side} has offsets {layout.cu_seqlens.tolist()}, not {offsets}")
 
 
 def flash_attn_varlen_ref(

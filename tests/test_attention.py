@@ -659,6 +659,8 @@ def test_a_layout_of_another_batch_is_refused():
         ValueError, match="the layout of keys is of 9 tokens in 2 sequences on cpu, they are 8"
     ):
         flash_attn_varlen_func(q, k, v, cu, cu, layout=(right, PackedLayout.from_lengths([3, 6])))
+    with pytest.raises(ValueError, match=r"the layout of queries has offsets \[0, 4, 8\], not \[0, 3, 8\]"):
+        flash_attn_varlen_func(q, k, v, cu, cu, layout=PackedLayout.from_lengths([4, 4]))
     flash_attn_varlen_func(q, k, v, cu, cu, layout=right)
 
 

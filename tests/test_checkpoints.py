@@ -4,6 +4,7 @@ import json
 import math
 import resource
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -31,6 +32,14 @@ def test_train_refuses_a_folder_of_another_run(checkpoint, tmp_path):
         train(load(checkpoint), changed, TEXTS, tmp_path)
     with pytest.raises(ValueError, match="differs in data"):
         train(load(checkpoint), stage, TEXTS[1:], tmp_path)
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert "gradient_checkpointing" not in record  # but in an earlier version's
+    for file in (tmp_path / "run.json", tmp_path / "adapter" / "training.json"):
+        old = json.loads(file.read_text())
+        old.get("run", old)["gradient_checkpointing"] = False
+        file.write_text(json.dumps(old))
+    kept = replace(stage, gradient_checkpointing=True)
+    assert train(load(checkpoint), kept, TEXTS, tmp_path, progress=False).steps == 0
     assert train(load(checkpoint), changed, TEXTS, tmp_path, resume=False, progress=False).steps == 2
 
 

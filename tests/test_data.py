@@ -112,7 +112,7 @@ def test_a_dataset_of_the_hub_may_stream(monkeypatch, streaming):
         asked.update(options, path=path, configuration=configuration)
         columns = {"sentence": TEXTS, "number": range(len(TEXTS))}
         if "one" in path:
-            columns.pop("number")
+            columns.pop("number" if "text" in path else "sentence")
         dataset = Dataset.from_dict(columns)
         return dataset.to_iterable_dataset() if options["streaming"] else dataset
 
@@ -121,7 +121,9 @@ def test_a_dataset_of_the_hub_may_stream(monkeypatch, streaming):
     assert next(rows) == ("wiki/dump:en@train[:9]: row 1", {"sentence": TEXTS[0], "number": 0})
     known = {"path": "wiki/dump", "configuration": "en", "split": "train[:9]"}
     assert asked == {**known, "streaming": streaming}
-    assert next(read_texts("wiki/one")) == TEXTS[0]  # whatever its only column is called
+    assert next(read_texts("wiki/one-text")) == TEXTS[0]  # whatever its only column is called
+    with pytest.raises(DataError, match="wiki/one-number: row 1: no field 'text'; there is 'number'"):
+        next(read_texts("wiki/one-number"))
 
 
 def test_read_texts_csv_field_longer_than_the_csv_default(tmp_path):

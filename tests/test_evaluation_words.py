@@ -126,11 +126,17 @@ def test_states_that_are_not_finite_have_no_score(smollm2, tmp_path):
     with pytest.raises(ValueError, match="sentence 0: the model's states are not finite"):
         word_states(encoder, SENTENCES[:1], cache_dir=tmp_path)
     assert not list(tmp_path.iterdir())
-    tokens = [words._tokenize(encoder.tokenizer, SENTENCES[0])]
-    kept = np.full((len(SENTENCES[0]), encoder.get_embedding_dimension()), np.nan, np.float32)
-    np.save(tmp_path / f"{words._address(encoder, tokens, False)}.npy", kept)  # by an earlier version
-    with pytest.raises(ValueError, match="sentence 0: the model's states are not finite"):
-        word_states(encoder, SENTENCES[:1], cache_dir=tmp_path)
+
+
+def test_damaged_states_are_computed_again(encoder, tmp_path):
+    expected = word_states(encoder, SENTENCES, cache_dir=tmp_path)
+    [file] = tmp_path.iterdir()
+    np.save(file, np.full_like(np.load(file), np.nan))
+    for found in (
+        word_states(encoder, SENTENCES, cache_dir=tmp_path),
+        np.split(np.load(file), [len(SENTENCES[0])]),
+    ):
+        assert np.array_equal(found[0], expected[0])
 
 
 def test_texts_beyond_a_varying_rope_stand_alone(encoder, monkeypatch):

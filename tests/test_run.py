@@ -1,5 +1,6 @@
 """Training stages on a tiny random model: what they learn, what they leave, how they stop and go on."""
 
+import contextlib
 import resource
 import signal
 from dataclasses import replace
@@ -20,6 +21,7 @@ from uncausal.encoder.training import progress, trainer
 from uncausal.encoder.training.lora import EXTRA_FILE
 from uncausal.encoder.training.progress import StopOnSignal, TrainingInterrupted
 from uncausal.encoder.training.run import train
+from uncausal.encoder.training.stages import base
 from uncausal.encoder.training.stages.contrastive import Contrastive
 from uncausal.encoder.training.stages.distill import Distill
 from uncausal.encoder.training.stages.mntp import MNTP
@@ -382,6 +384,21 @@ def test_latent_pooling_in_bf16_gives_float32(checkpoint):
     torch.testing.assert_close(rounded, exact, rtol=0.05, atol=0.05)
     rounded.square().sum().backward()
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in encoder[1].parameters())
+    asked = []
+
+    @contextlib.contextmanager
+    def noted(pooling, enabled):
+        asked.append((pooling, enabled))
+        yield
+
+    stage = SimCSE(**{**FAST, "bf16": True})
+    for device in ("cpu", "cuda"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(base, "autocast_latents", noted)
+            patch.setattr(type(encoder.backbone), "device", torch.device(device))
+            with stage.conditions(encoder):
+                pass
+    assert asked == [(encoder[1], False), (encoder[1], True)]
     for pooling, enabled in ((encoder[1], False), (load(checkpoint)[1], True)):  # off, and no such layer
         with trainer.autocast_latents(pooling, enabled):
             assert torch.equal(encoder[1](dict(features))["sentence_embedding"], exact)

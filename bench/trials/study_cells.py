@@ -37,7 +37,7 @@ class Model:
         steps: of a recipe, in order.
         shares: kind of step -> how much of the token budget it trains on; 1 where not named.
         bidirectional: whether attention is made so; None keeps the base's.
-        instructions: set name -> what stands before the anchors of its rows.
+        instructions: set name -> the `instruction` of its rows.
     """
 
     base: str | None
@@ -107,7 +107,7 @@ def models(depth: int, depths: Sequence[int]) -> dict[str, Model]:
     pruned_first = tuned(mntp, learning_rate=2e-3, gradient_checkpointing=False)
     simcse = tuned(simcse, batch_size=32)
     supervised = Step("contrastive", SUPERVISED, {"nli": "local:nli", "wiki_pairs": "local:wiki_pairs"})
-    told = tuned(load_recipe("nv_embed", "mini").steps[1], batch_size=16)
+    told = tuned(load_recipe("nv_embed", "mini").steps[1], batch_size=16, mini_batch_size=None)
     distilled = Step("distill", DISTILL, {"nli": "local:nli", "wiki_sentences": "local:wiki_sentences"})
     found = {LANGUAGE_MODEL: Model(None, bidirectional=False)}
     for number in dict.fromkeys([depth, *depths]):

@@ -71,8 +71,7 @@ def render(study: dict[str, Any]) -> str:
         "tokens. In domain are entailment, for all that is trained on NLI, and by its articles XQuAD (QNLI "
         "has other questions and paragraphs of some of them); clustering, for the instruction stage (CLINC's "
         "train split), and by its kind reranking (MedQuAD's other sources), for that and `fusion`. The "
-        "instruction stage saw a quarter more tokens than the others, those of the instructions, which stood "
-        "before the anchors alone; of classes, clusters and STS the suite has them before all texts.",
+        "instruction stage saw a quarter more tokens than the others, those of the instructions.",
         "## Verdicts",
         "An ordering holds where the interval of the difference, in all pairs, lies above zero (or above "
         "minus one point, where a cost is asked about), and does not where one lies below.",

@@ -137,8 +137,8 @@ def mine(
         column: field of the corpus that holds the text.
         min_score: of scored pairs, take those whose score is at least this.
         num_negatives: negatives a row; rows for which fewer are found are left out.
-        top_k: candidates considered, best first.
-        rank_shift: candidates skipped at the top.
+        top_k: candidates considered, best first, of those that may be negatives.
+        rank_shift: so many of them skipped at the top.
         relative_margin: a negative scores at most (1 - this) of the positive.
         absolute_margin: a negative scores at least this much below the positive.
         max_score: a negative scores at most this.

@@ -3,7 +3,7 @@
 Formats by suffix, each but Parquet also as .gz: .txt (a text a line), .jsonl, .csv, .tsv, .parquet. A pattern
 (`parts/*.jsonl.gz`, `**` for any folders) stands for its files in order of their names. Anything else that is
 no file is the name of a dataset, `name`, `name:configuration` or `name:configuration@split`; one of a single
-column is plain text.
+column of texts is plain text.
 """
 
 import csv
@@ -198,7 +198,10 @@ def _hub_rows(name: str, streaming: bool) -> Iterator[tuple[str, dict[str, Any]]
     except (FileNotFoundError, ConnectionError, ValueError) as error:
         raise DataError(f"{name}: neither a file nor a dataset that can be loaded ({error})") from error
     for number, row in enumerate(dataset, 1):
-        yield f"{name}: row {number}", dict(row) if len(row) > 1 else {"": next(iter(row.values()))}
+        fields = dict(row)
+        if len(fields) == 1 and isinstance(text := next(iter(fields.values())), str):
+            fields = {"": text}
+        yield f"{name}: row {number}", fields
 
 
 def write_rows(rows: Iterable[dict[str, Any]], path: str | Path) -> int:

@@ -173,18 +173,18 @@ def word_states(
         batch_tokens: tokens a batch at most.
     """
     tokens = [_tokenize(model.tokenizer, words) for words in sentences]
-    path = None
+    path, flat = None, None
     if cache_dir is not None:
         path = Path(cache_dir) / f"{_address(model, tokens, shift)}.npy"
-    if path is not None and path.exists():
-        flat = np.load(path)
-    else:
+        flat = np.load(path) if path.exists() else None
+    computed = flat is None or not np.isfinite(flat).all()
+    if flat is None or computed:
         flat = np.concatenate(_compute(model, tokens, shift, batch_tokens))
     states = np.split(flat, np.cumsum([len(words) for words in sentences])[:-1])
     for index, found in enumerate(states):
         if not np.isfinite(found).all():
             raise ValueError(f"sentence {index}: the model's states are not finite")
-    if path is not None and not path.exists():
+    if path is not None and computed:
         with staged_file(path) as file:
             np.save(file, flat)
     return states

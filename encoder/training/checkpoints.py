@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 # What does not change the result, but for rounding; a teacher's vectors are part of the data.
 FREE_TO_CHANGE = ("logging_steps", "save_steps", "eval_steps", "dataloader_num_workers", "report_to")
-FREE_TO_CHANGE += ("teacher", "vectors", "compile_layers")
+FREE_TO_CHANGE += ("teacher", "vectors", "compile_layers", "gradient_checkpointing")
 FINAL, RECORD = "adapter", "training.json"
 UNWANTED = ".saving-"  # starts the name of what is not whole yet, or no longer; the next run removes it
 
@@ -169,7 +169,9 @@ def open_run(run: Path, description: dict[str, Any], resume: bool) -> None:
         except (OSError, ValueError):
             content = {}
         before = content if file == record else content.get("run", {})
-        changed = [k for k in {**before, **description} if before.get(k) != description.get(k)]
+        # an earlier version's may hold what is free
+        there = {k: v for k, v in before.items() if k not in FREE_TO_CHANGE}
+        changed = [k for k in {**there, **description} if there.get(k) != description.get(k)]
         if changed:
             shown = ", ".join(f"{k} ({before.get(k)!r} there, {description.get(k)!r} here)" for k in changed)
             differs = f"a run that differs in {shown}" if before else "a run of unknown settings"

@@ -1,9 +1,9 @@
 """Hard negatives that a teacher finds for pairs, without the positives that nobody labelled.
 
 The rules are NV-Retriever's (arXiv 2407.15831), and the negatives those of sentence-transformers'
-`mine_hard_negatives`, in memory bounded by the vectors and one chunk of scores: `top_k` candidates of every
-query are looked at, where theirs looks at as many more as the most frequent anchor has positives. BM25 is a
-teacher too, and texts that differ in case and spaces alone are one.
+`mine_hard_negatives` with a window of all documents, in memory bounded by the vectors and one chunk of
+scores: what cannot be a negative is out before the `top_k` of a query are taken, where theirs takes a window
+first. BM25 is a teacher too, and texts that differ in case and spaces alone are one.
 """
 
 import logging
@@ -111,7 +111,7 @@ class Mining:
         if not len(kept):
             raise ValueError(
                 f"no row has {self.num_negatives} negatives among {len(documents)} documents: ask for fewer, "
-                "raise top_k or lower the margin"
+                "or lower the margin or rank_shift"
             )
         rest = pairs.select(kept)
         columns = {name: rest[name][:] for name in rest.column_names if not NEGATIVE.fullmatch(name)}

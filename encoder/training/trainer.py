@@ -171,7 +171,7 @@ def autocast_forward(backbone: Any, enabled: bool) -> Iterator[None]:
 def autocast_latents(pooling: nn.Module, enabled: bool) -> Iterator[None]:
     """Multiply in bfloat16 in latent pooling too, for a while: its kernels on a GPU are of half precision.
 
-    What leaves it is float32, as the loss expects.
+    What leaves it is float32 again, of numbers rounded to bfloat16.
     """
     layer: Any = getattr(pooling, "latent_attention_model", None)
     if not enabled or layer is None:
