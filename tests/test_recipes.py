@@ -33,6 +33,7 @@ MORE = [
     ("fusion", "mini+no_mntp+last_token"),
     ("nv_embed", "mini"),
     ("code", "last_token"),
+    ("encoder", "gpu+coder-0_5b"),
 ]
 
 RECIPE = """
@@ -182,6 +183,9 @@ def test_all_recipes_are_there():
         assert offline not in ("wikipedia", "prompteol") or all("wiki_" in source for source in sources)
     assert load_recipe("wikipedia", "hub").steps[0].settings.teacher == "recipe:prompteol-hub"
     assert load_recipe("code-coder-1_5b").variant == "coder-1_5b"
+    large = load_recipe("encoder", "gpu+coder-1_5b")
+    assert "1.5B" in large.model and large.steps[2].settings.keep == 7
+    assert [getattr(s.settings, "max_steps", None) for s in large.steps] == [None, 3000, None, 20000]
 
 
 @pytest.mark.parametrize(
