@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 from uncausal.kernels.attention_dropout import dropout_keep, dropout_threshold
 from uncausal.kernels.cpu import attention_cpu, attention_torch
 from uncausal.kernels.cpu.attention_torch import Options, plan_batch
-from uncausal.kernels.launch import autocast_dtype, on_device, resolve_backend, unobserved
+from uncausal.kernels.launch import autocast_dtype, on_device, resolve_backend, traced, unobserved
 from uncausal.kernels.packing import PackedLayout, TileMaps
 
 # What the ops take beside q, k, v and the gradients: the batch, then the fields of Options and the backend.
@@ -222,11 +222,9 @@ def flash_attn_varlen_func(
         raise NotImplementedError("block_table is not supported")
     q, k, v = _autocast(q, k, v)
     _check_tensors(q, k, v, cu_seqlens_q, cu_seqlens_k)
-    if (
-        layout is not None and not torch.compiler.is_compiling()
-    ):  # which would compile for one number of tokens
-        of_keys = layout if isinstance(layout, PackedLayout) else layout[1]
-        _check_layout("queries", layout if isinstance(layout, PackedLayout) else layout[0], q, cu_seqlens_q)
+    if layout is not None and not traced():  # a graph would be of this number of tokens alone
+        of_queries, of_keys = (layout, layout) if isinstance(layout, PackedLayout) else layout
+        _check_layout("queries", of_queries, q, cu_seqlens_q)
         _check_layout("keys", of_keys, k, cu_seqlens_k)
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
