@@ -4,6 +4,7 @@ Layout legend: B sequences, L padded length, T packed tokens, G query heads that
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -143,19 +144,16 @@ class PackedLayout:
 
         In a graph that is captured it is made anew: the graph makes it again at every replay.
         """
-        if torch.compiler.is_compiling():
-            if key not in self._maps:
-                self._maps[key] = build()
-            return self._maps[key]
-        keyed = _on_stream(key, self.cu_seqlens.device)
-        found = None if keyed is None else self._maps.get(keyed)
-        if found is None:
+        device = self.cu_seqlens.device
+        keyed = _on_stream(key, device) if device.type == "cuda" else key
+        if keyed is None or keyed not in self._maps:
             # no inference tensor may be saved for backward, should the layout serve training later
-            with torch.inference_mode(False):
+            with nullcontext() if torch.compiler.is_compiling() else torch.inference_mode(False):
                 found = build()
-            if keyed is not None:
-                self._maps[keyed] = found
-        return found
+            if keyed is None:
+                return found
+            self._maps[keyed] = found
+        return self._maps[keyed]
 
     def tiles(self, block: int, group: int = 1, align: int = 1) -> Tensor:
         """Return the tile map: (N, 2) int32, first and last + 1 row of every tile, longest sequences first.
@@ -233,11 +231,11 @@ _recent: dict[tuple, PackedLayout] = {}
 
 
 def _on_stream(key: tuple, device: torch.device) -> tuple | None:
-    """The key of what is kept for one stream, as others would not wait for it.
+    """The key of what is kept for one stream of a GPU, as others would not wait for it.
 
     None while a graph is captured: it would replay the maps of one batch, and what it makes is not there yet.
     """
-    if device.type != "cuda" or not torch.cuda.is_initialized():
+    if torch.compiler.is_compiling() or not torch.cuda.is_initialized():
         return key
     if torch.cuda.is_current_stream_capturing():
         return None
@@ -246,7 +244,7 @@ def _on_stream(key: tuple, device: torch.device) -> tuple | None:
 
 def _recalled(key: tuple, device: torch.device, build: Callable[[], PackedLayout]) -> PackedLayout:
     """Find one of the last layouts again."""
-    keyed = _on_stream(key, device)
+    keyed = _on_stream(key, device) if device.type == "cuda" else key
     if keyed is None:
         return build()
     layout = _recent.pop(keyed, None)
