@@ -13,7 +13,7 @@ import re
 import shutil
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -30,11 +30,11 @@ STAGED, FORMER = f".{_machine()}.staged", ".former"
 
 
 @contextmanager
-def staged(path: Path, outdated: str = "") -> Iterator[Path]:
+def staged(path: Path, outdated: Collection[str] = ()) -> Iterator[Path]:
     """Yield an empty folder beside `path` that takes its place, all or nothing, if the block succeeds.
 
-    What else lies in `path` comes along: entries that the block did not write, but for those whose name
-    matches the pattern `outdated`, which an earlier save left.
+    What else lies in `path` comes along: entries that the block did not write, but for those of the names
+    `outdated`, which an earlier save left.
 
     Raises:
         ValueError: as `check_replaceable`.
@@ -48,7 +48,7 @@ def staged(path: Path, outdated: str = "") -> Iterator[Path]:
         staging.chmod(0o777 & ~_umask())
         for entry in path.iterdir() if path.exists() else ():
             kept = staging / entry.name
-            if not kept.exists() and not (outdated and re.fullmatch(outdated, entry.name)):
+            if not kept.exists() and entry.name not in outdated:
                 if entry.is_dir() and not entry.is_symlink():
                     shutil.copytree(entry, kept, symlinks=True, copy_function=_link)
                 else:

@@ -162,6 +162,13 @@ def local_path(name: str) -> Path:
     return asset(package, file)
 
 
+def check_model(name: str) -> None:
+    """Raise FileNotFoundError where a name can only be a path, or a package's file, and there is none."""
+    like_a_path = name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1
+    if not local_path(name).exists() and like_a_path:
+        raise FileNotFoundError(f"no model at {name!r}: give a folder, a .gguf file or a Hugging Face id")
+
+
 def absolute(name: str) -> str:
     """Return a model's name as it holds from any folder."""
     return str(Path(name).resolve()) if Path(name).exists() else name

@@ -11,8 +11,9 @@ import copy
 import json
 import logging
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -74,10 +75,22 @@ TEXT_ONLY: Any = {"text": {"method": "forward", "method_output_name": "last_hidd
 # Families whose layers do not read `is_causal` from the configuration (bench/FAMILIES.md).
 CAUSAL_ELSEWHERE = ("stablelm", "nemotron")
 LIBRARY_BATCH_SIZE = 32  # sentence-transformers' default, which nobody asked for
-OF_AN_EARLIER_SAVE = (  # weights, what only some tokenizers have, the folders of modules ("1_Pooling")
+CONFIGS = ("config.json", "modules.json", "adapter_config.json")  # every saved model has one of them
+OF_AN_EARLIER_SAVE = (  # weights, and what only some tokenizers have
     r"(model|pytorch_model|adapter_model)\b.*\.(safetensors|bin)(\.index\.json)?|adapter_config\.json"
-    r"|chat_template\.jinja|\d_[A-Z]\w*"
+    r"|chat_template\.jinja"
 )
+
+
+def _of_an_earlier_save(folder: Path) -> set[str]:
+    """The names of what a model that was saved in a folder left there and another may not replace."""
+    if not any((folder / name).is_file() for name in CONFIGS):
+        return set()
+    found = {entry.name for entry in folder.iterdir() if re.fullmatch(OF_AN_EARLIER_SAVE, entry.name)}
+    with suppress(OSError, ValueError, TypeError, KeyError):  # the folders of modules, "1_Pooling"
+        modules = json.loads((folder / "modules.json").read_text())
+        found |= {module["path"] for module in modules if re.fullmatch(r"\d+_\w+", module["path"])}
+    return {*found, *CONFIGS}
 
 
 def _name(module: type) -> str:
@@ -532,13 +545,16 @@ class Encoder(SentenceTransformer):
             merged.merge()  # an adapter saved alone would come back causal
             merged.save(path, model_name, *args, **kwargs)
             return
-        with staged(Path(path), outdated=OF_AN_EARLIER_SAVE) as staging:
+        outdated = _of_an_earlier_save(Path(path))
+        with staged(Path(path), outdated) as staging:
             super().save(str(staging), model_name, *args, **kwargs)
             modules = json.loads((staging / "modules.json").read_text())
             for module in modules:
                 module["type"] = SAVED_NAMES.get(module["type"], module["type"])
             (staging / "modules.json").write_text(json.dumps(modules, indent=2))
             card = staging / "README.md"
+            if not outdated and (Path(path) / card.name).exists():
+                card.unlink(missing_ok=True)  # of a folder that was no model's, its own stays
             if model_name and card.exists():
                 text = card.read_text(encoding="utf8")
                 card.write_text(

@@ -224,6 +224,8 @@ def test_prune_by_fraction(byte_llama, tmp_path, capsys):
         (["--keep", "9"], "the model has 2"),
         (["--drop", "1.5"], "must be in"),
         (["--drop", "0.5", "--keep", "1"], "give --keep or --drop"),
+        (["--keep", "1", "--pairs", "nowhere.jsonl"], "--pairs, --limit and --min-score choose a depth"),
+        (["--drop", "0.5", "--limit", "9"], "--pairs, --limit and --min-score choose a depth"),
     ],
 )
 def test_prune_refuses(cli_folder, tmp_path, capsys, extra, message):

@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 import json
 import subprocess
+import zipfile
 
 import pytest
 from commands import run
@@ -150,11 +151,18 @@ def test_mine(cli_folder, tmp_path, capsys, monkeypatch, teacher):
         (["mine", "bm25", "pairs.jsonl", "out.txt"], "out.txt: rows are written as .jsonl"),
         (["mine", "./nowhere", "pairs.jsonl", "out.jsonl"], "no model at './nowhere'"),
         (["mine", "bm25", "pairs.jsonl", "out.jsonl", "--top-k", "2"], "cannot take 4 negatives"),
+        (["mine", "bm25", "pairs.jsonl", "out.jsonl", "--query-prompt", "q: "], "bm25 knows no prompts"),
+        (["pairs", "code", "bad.zip", "out.jsonl"], "bad.zip: sums.py: cannot be read (BadZipFile: "),
     ],
 )
 def test_what_makes_no_pairs_is_one_line(tmp_path, capsys, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "sums.py").write_text(MODULE)
+    with zipfile.ZipFile(tmp_path / "bad.zip", "w") as archive:
+        archive.writestr("sums.py", MODULE)
+    packed = bytearray((tmp_path / "bad.zip").read_bytes())
+    packed[packed.index(MODULE[:20].encode())] ^= 1  # of what it holds, whose checksum is then another
+    (tmp_path / "bad.zip").write_bytes(packed)
     (tmp_path / "pairs.jsonl").write_text('{"anchor": "a", "positive": "b"}\n')
     (tmp_path / "scored.jsonl").write_text('{"anchor": "a", "positive": "b", "score": 1}\n')
     assert message in run(capsys, *arguments, status=1)

@@ -76,6 +76,11 @@ LABELLED = ['{"text": "one", "label": 1}', '{"text": "two", "label": 2}', '{"tex
             "data.jsonl: the instruction stage contrasts with each",
         ),
         ("simcse", [], "data.jsonl: holds no text"),
+        (
+            "contrastive",
+            [ROW, "--column", "q"],
+            "--column is the field of texts; the fields of pairs are --columns",
+        ),
         ("simcse", ['{"text": "one"}'], "data.jsonl: the data hold 1 rows, fewer than a batch of 2"),
         ("simcse", ['{"text": "one"}', ROW], "data.jsonl:2: no field 'text'; there is 'anchor', 'positive'"),
         ("mntp", ['{"text": "one"}'], "data.jsonl: the text holds 3 tokens, less than one chunk of 512"),

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from uncausal.encoder.data.local import local_rows, words_of
+from uncausal.encoder.data.rows import DataError
 from uncausal.encoder.evaluation.suite import all_texts, choose_tasks, mini_suite
 from uncausal.encoder.evaluation.tasks import Classification, Retrieval
 
@@ -69,6 +70,23 @@ def test_retrieval_has_the_documents_of_its_test(suites):
     sizes = {t.name: (len(t.queries), len(t.documents)) for t in suites["test"] if isinstance(t, Retrieval)}
     assert sizes["scifact"] == (300, 1000)
     assert sizes["xquad"][1] == 160
+
+
+def test_what_cannot_be_read_is_told_by_its_set(tmp_path):
+    """Regression: an unfinished download was an EOFError, other columns a KeyError, without a file."""
+    (tmp_path / "banking77").mkdir()
+    for part in ("train", "test"):
+        (tmp_path / "banking77" / f"{part}.csv").write_text("text,label\nhello,1\n")
+    with pytest.raises(DataError, match=r"the set of banking77: cannot be read \(KeyError: 'category'\)"):
+        choose_tasks(tmp_path, "test", ["banking77"])
+    with pytest.raises(FileNotFoundError, match="rt-polarity"):  # of this one alone
+        choose_tasks(tmp_path, "test", ["polarity"])
+    (tmp_path / "sentence_polarity").mkdir()
+    whole = gzip.compress(b"a text\n" * 99)
+    for label in ("neg", "pos"):
+        (tmp_path / "sentence_polarity" / f"rt-polarity.{label}.gz").write_bytes(whole[:-12])
+    with pytest.raises(DataError, match=r"the set of polarity: cannot be read \(EOFError"):
+        choose_tasks(tmp_path, "test", ["polarity"])
 
 
 def test_choose_tasks_by_name(data_dir):

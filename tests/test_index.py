@@ -161,7 +161,10 @@ def test_passages_of_text_are_whole_paragraphs_with_their_lines():
 
 def test_search_finds_the_passage_with_its_place(tmp_path, encoder):
     folder = write(tmp_path / "src", a__sums_py=SUM, files_py=READ, notes_md="# Notes\n\nNothing of note.\n")
-    report = update_index(tmp_path / "code.index", folder, encoder, model="m")
+    seen = []
+    progress = lambda done, total: seen.append((done, total))  # noqa: E731
+    report = update_index(tmp_path / "code.index", folder, encoder, model="m", progress=progress)
+    assert seen == [(done, seen[0][1]) for done in range(len(seen))] and seen[-1][0] == seen[-1][1] > 1
     assert (report.added, report.passages, report.skipped) == (3, 6, {})
     index = Index(tmp_path / "code.index")
     assert (index.model, index.folder) == ("m", folder.resolve())

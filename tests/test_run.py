@@ -373,6 +373,14 @@ def test_bf16_products_keep_weights_and_pooling_in_float32(checkpoint, tmp_path,
     )  # no trace of bf16 stays
 
 
+def test_a_run_started_anew_says_how_to_go_on(checkpoint, tmp_path):
+    """Regression: the same call, which it named, would have started anew once more."""
+    stage = SimCSE(max_steps=5, batch_size=8, **FAST)
+    with pytest.raises(TrainingInterrupted, match="stopped at step 2 of 5: .* without --no-resume"):
+        train(load(checkpoint), stage, TEXTS, tmp_path, resume=False, callbacks=[Signal(2)], progress=False)
+    assert train(load(checkpoint), stage, TEXTS, tmp_path, progress=False).steps == 3
+
+
 def test_latent_pooling_in_bf16_gives_float32(checkpoint):
     """As stages train it on a GPU, where in float32 its kernels would not run."""
     encoder = Encoder.from_pretrained(checkpoint, pooling="latent", dtype="float32", device="cpu")

@@ -31,6 +31,7 @@ from uncausal.encoder.model import Encoder
 from uncausal.encoder.pooling import POOLING_MODES, PoolingName
 from uncausal.encoder.pruning import l3prune, layer_losses, plot_layer_losses
 from uncausal.encoder.training.losses import InfoNCELoss
+from uncausal.encoder.training.progress import TrainingInterrupted
 from uncausal.encoder.training.run import train
 from uncausal.encoder.training.stages.base import Stage
 from uncausal.encoder.training.stages.contrastive import Contrastive
@@ -149,7 +150,10 @@ class Demo:
 
     def train(self, encoder: Encoder, stage: Stage, data: Any, **options: Any) -> None:
         stage = replace(stage, max_steps=2) if self.quick else stage
-        train(encoder, stage, data, self.folder / "runs" / stage.name, resume=False, **options)
+        try:
+            train(encoder, stage, data, self.folder / "runs" / stage.name, resume=False, **options)
+        except TrainingInterrupted:
+            raise KeyboardInterrupt("interrupted; the demo begins anew each time") from None
 
     def measure(self, encoder: Encoder, **names: PoolingName) -> None:
         """Add a row for every name=pooling; all poolings are scored on STS-B test in one pass."""

@@ -88,9 +88,10 @@ def evaluate(
         return
     if not model:
         raise ValueError("name a model, and others to compare it with")
+    from uncausal.encoder.loading import check_model
+
     for one in model:  # not found out once those before it have been scored
-        if one.startswith((".", "/", "~")) and not Path(one).exists():
-            raise FileNotFoundError(f"no model at {one!r}: give a folder, a .gguf file or a Hugging Face id")
+        check_model(one)
     for path in (plot, out):
         if path is not None:
             check_writable(path)
@@ -218,7 +219,8 @@ def evaluate_by_mteb(
     options, scores = loading.options(*models), {}
     for model in models:
         encoder = load_model(model, **options)
-        result = evaluate_mteb(encoder, names, own, split=split, instruct=INSTRUCT if instruct else None)
+        shown = {"show_progress_bar": sys.stderr.isatty(), "instruct": INSTRUCT if instruct else None}
+        result = evaluate_mteb(encoder, names, own, split=split, **shown)
         scores[model] = main_scores(result)
     if as_json:
         print(json.dumps(scores))
@@ -232,8 +234,8 @@ def show(result: Evaluation, plot: Path | None, out: Path | None, as_json: bool)
     """Print an evaluation and write the files that were asked for."""
     from uncausal.encoder.evaluation import report as reporting
 
-    print(json.dumps(result.to_json()) if as_json else reporting.format_table(result))
     if out is not None:
         reporting.write_json(result, out)
     if plot is not None:
         reporting.plot(result, plot)
+    print(json.dumps(result.to_json()) if as_json else reporting.format_table(result))

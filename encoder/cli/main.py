@@ -58,6 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not debug:
             quiet_libraries()
         call()
+        if sys.stdout is not None:
+            sys.stdout.flush()  # here its failure has words, and a status
     except UsageError as error:
         print(f"uncausal: {error}", file=sys.stderr)
         return 2
@@ -71,6 +73,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             raise
         print(f"uncausal: {' '.join(str(error).split())}", file=sys.stderr)
+        try:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+        except OSError:  # it was the output that failed, and would once more at the end
+            sys.stdout = None
         return 1
     return 0
 

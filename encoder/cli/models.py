@@ -65,6 +65,8 @@ def prune(
     if keep not in (None, "small", "large") and not keep.isdigit():
         raise ValueError(f"--keep takes small, large or a number of layers, not {keep!r}")
     pruning = Pruning(**{name: value for name, value in given.items() if value is not None})  # pyright: ignore
+    if not pruning.needs_data and (pairs, limit, min_score) != (None, None, None):
+        raise ValueError("--pairs, --limit and --min-score choose a depth, which --keep N or --drop P says")
     if pruning.needs_data and pairs is None:
         raise ValueError("L3Prune needs --pairs FILE to choose a depth; or give --keep N or --drop P")
     check_writable(output, folder=True)

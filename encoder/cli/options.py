@@ -102,9 +102,11 @@ def require(package: str, extra: str, what: str) -> None:
 
 def check_writable(output: Path, folder: bool = False) -> None:
     """Raise before any work is done if the output could not be written at its end."""
-    if output.exists() and output.is_dir() != folder:
-        raise ValueError(f"{output}: {'is a file' if folder else 'is a folder'}; choose another output")
-    place = output if folder else output.parent
+    target = output.resolve()  # what a link leads to is written
+    if target.exists() and not (target.is_dir() if folder else target.is_file()):
+        kind = "a file" if folder else "a folder" if target.is_dir() else "no regular file"
+        raise ValueError(f"{output}: is {kind}; choose another output")
+    place = target if folder else target.parent
     while not place.exists():
         place = place.parent
     try:

@@ -155,6 +155,8 @@ def mine(
     from uncausal.encoder.loading import load_model
     from uncausal.encoder.training.mining import Mining
 
+    if teacher.lower() == "bm25" and (query_prompt or document_prompt):
+        raise ValueError("--query-prompt and --document-prompt are for a model, and bm25 knows no prompts")
     mining = Mining(
         num_negatives=num_negatives,
         top_k=top_k,

@@ -13,7 +13,7 @@ from tyro.conf import FlagConversionOff, Positional, UseAppendAction
 from uncausal.encoder.cli.encoding import read
 from uncausal.encoder.cli.options import Json, Loading, check_writable, facts, report
 from uncausal.encoder.data.local import VARIABLE
-from uncausal.encoder.data.rows import named
+from uncausal.encoder.data.rows import check_source, named
 from uncausal.encoder.evaluation.sts import evaluate_sts, read_sts
 from uncausal.encoder.files import check_replaceable
 from uncausal.encoder.training import run as training
@@ -52,8 +52,11 @@ def train_command(kind: str) -> Callable[..., None]:
             column: field that holds the text.
             no_resume: start again even if checkpoints are there.
         """
+        if column != "text" and issubclass(cls, Contrastive):
+            raise ValueError("--column is the field of texts; the fields of pairs are --columns")
         check_writable(output, folder=True)
         check_replaceable(output)
+        check_source(data)
         dtype: Any = TRAINED_IN if loading.dtype == "auto" else loading.dtype
         encoder = replace(loading, dtype=dtype).load(model)
         source = data if issubclass(cls, Contrastive) else read(data, column)
@@ -142,4 +145,6 @@ def scorer(sts: Path | None, data_dir: Path | None) -> Callable[[Any], dict[str,
         if sts is None or not sts.is_dir():
             return None
     pairs = read_sts(sts, "dev" if sts.is_dir() else None)
+    if len(pairs) < 2:
+        raise ValueError(f"{sts}: a correlation needs at least 2 scored pairs, and there are {len(pairs)}")
     return lambda encoder: {"sts_dev_spearman": round(evaluate_sts(encoder, pairs).spearman, 2)}

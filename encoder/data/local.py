@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from uncausal.encoder.data.code import code_pairs
-from uncausal.encoder.data.rows import DataError
+from uncausal.encoder.data.rows import DataError, readable
 from uncausal.encoder.data.sources import environment_files
 from uncausal.encoder.data.texts import sentences
 
@@ -70,7 +70,8 @@ def local_rows(name: str, root: str | Path | None = None, seed: int = 0) -> list
     folder, (name, count) = check_local(name, root), split_name(name)
     draw = random.Random(f"{name}-{seed}")
     found: Iterator[Any] = SETS[name](folder, draw) if name in SETS else TEXTS[name](folder)
-    rows = list(islice(found, count) if name == "code" else found)
+    with readable(f"{PREFIX}{name} in {folder}"):
+        rows = list(islice(found, count) if name == "code" else found)
     draw.shuffle(rows)
     return rows[:count]
 

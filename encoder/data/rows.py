@@ -10,6 +10,7 @@ import csv
 import gzip
 import json
 import sys
+import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -38,6 +39,45 @@ def named(place: str) -> Iterator[None]:
         raise DataError(f"{place}: {error}") from error
 
 
+def check_source(source: str | Path) -> None:
+    """Raise as `read_rows` does where it is plain without reading: no such file, a folder, no known format.
+
+    Raises:
+        FileNotFoundError, DataError: as told. A dataset's name is not looked up.
+    """
+    name = str(source)
+    path = Path(name).expanduser()
+    suffix = [s for s in path.suffixes if s != ".gz"][-1:]
+    if name == "-":
+        return
+    if path.is_dir():
+        raise DataError(f"{name}: is a folder; give one of its files ({', '.join(SUFFIXES)})")
+    if path.exists():
+        if suffix and suffix[0] not in SUFFIXES:
+            raise DataError(f"{name}: the suffix {suffix[0]!r} is none of {', '.join(SUFFIXES)}")
+    elif _is_pattern(name):
+        if not any(Path(file).is_file() for file in glob(str(path), recursive=True)):
+            raise FileNotFoundError(f"no file fits {name}")
+    elif suffix and suffix[0] in SUFFIXES or name.startswith(("/", ".", "~")):
+        raise FileNotFoundError(f"no such file: {name}")
+
+
+def _is_pattern(name: str) -> bool:
+    """Whether the name of no file stands for several; a bracket behind @ is a slice of a dataset's split."""
+    return bool(set(name) & set("*?")) or "[" in name.partition("@")[0]
+
+
+@contextmanager
+def readable(what: str) -> Iterator[None]:
+    """Tell what cannot be read, whatever is wrong with its bytes or fields."""
+    try:
+        yield
+    except DataError:
+        raise
+    except (EOFError, zlib.error, gzip.BadGzipFile, zipfile.BadZipFile, LookupError, ValueError) as error:
+        raise DataError(f"{what}: cannot be read ({type(error).__name__}: {error})") from error
+
+
 def read_rows(source: str | Path, *, streaming: bool = False) -> Iterator[tuple[str, dict[str, Any]]]:
     """Read rows of any supported format as (place, fields); a line of plain text is `{"": line}`.
 
@@ -48,28 +88,18 @@ def read_rows(source: str | Path, *, streaming: bool = False) -> Iterator[tuple[
         yield from _stdin_rows(sys.stdin.buffer)
         return
     path = Path(name).expanduser()
-    suffixes = [s for s in path.suffixes if s != ".gz"][-1:]
-    # a bracket behind @ is a slice of a dataset's split
-    if not path.exists() and (set(name) & set("*?") or "[" in name.partition("@")[0]):
-        files = sorted(file for file in glob(str(path), recursive=True) if Path(file).is_file())
-        if not files:
-            raise FileNotFoundError(f"no file fits {name}")
-        for file in files:
+    check_source(name)
+    if not path.exists() and _is_pattern(name):
+        for file in sorted(file for file in glob(str(path), recursive=True) if Path(file).is_file()):
             yield from read_rows(file)
         return
     if not path.exists():
-        if suffixes and suffixes[0] in SUFFIXES or name.startswith(("/", ".", "~")):
-            raise FileNotFoundError(f"no such file: {name}")
         yield from _hub_rows(name, streaming)
         return
-    if path.is_dir():
-        raise DataError(f"{name}: is a folder; give one of its files ({', '.join(SUFFIXES)})")
-    kind = suffixes[0] if suffixes else ".txt"
+    kind = ([s for s in path.suffixes if s != ".gz"] or [".txt"])[-1]
     if kind == ".parquet":
         yield from _parquet_rows(path)
         return
-    if kind not in SUFFIXES:
-        raise DataError(f"{name}: the suffix {kind!r} is none of {', '.join(SUFFIXES)}")
     with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
         yield from _parse(_lines(file, name), kind, name)
 

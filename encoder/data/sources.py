@@ -10,9 +10,12 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from email.parser import BytesParser
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from uncausal.encoder.data.rows import readable
 
 HELD_OUT_DEV = ("fsspec", "networkx", "rich")
 HELD_OUT_TEST = ("jinja2", "matplotlib", "pandas", "requests", "sympy")
@@ -100,9 +103,14 @@ def source_files(path: str | Path, skipped: Counter[str] | None = None) -> Itera
                 if _NOT_SOURCE.search(name):
                     skipped["test or vendored"] += 1
                 else:
-                    yield SourceFile(name, licence, lambda name=name: archive.read(name))
+                    yield SourceFile(name, licence, partial(_member, archive, path, name))
     else:
         raise ValueError(f"{path}: give a folder, a .py file, a wheel or a zip file")
+
+
+def _member(archive: zipfile.ZipFile, path: Path, name: str) -> bytes:
+    with readable(f"{path}: {name}"):
+        return archive.read(name)
 
 
 def environment_files(

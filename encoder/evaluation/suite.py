@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from uncausal.encoder.data.local import words_of
+from uncausal.encoder.data.rows import readable
 from uncausal.encoder.evaluation.sts import ScoredPair, read_sts
 from uncausal.encoder.evaluation.tasks import (
     STS,
@@ -43,6 +44,7 @@ from uncausal.encoder.evaluation.tasks import (
 )
 
 Split = Literal["dev", "test"]
+Family = Callable[[Path, Split, set[str]], list["Task"]]
 Row = TypeVar("Row")
 
 SEMEVAL_PARTS = (
@@ -67,11 +69,16 @@ def mini_suite(data_dir: str | Path, split: Split = "test") -> list[Task]:
     data_dir = Path(data_dir)
     if not data_dir.is_dir():
         raise FileNotFoundError(f"no folder {str(data_dir)!r}: --data-dir (or UNCAUSAL_DATA) names the data")
-    test = [task for read in FAMILIES for task in read(data_dir, "test", set())]
+    test = [task for read in FAMILIES.values() for task in _read(read, data_dir, "test", set())]
     if split == "test":
         return test
     taken = all_texts(test)
-    return [task for read in FAMILIES for task in read(data_dir, "dev", taken)]
+    return [task for read in FAMILIES.values() for task in _read(read, data_dir, "dev", taken)]
+
+
+def _read(read: Family, data_dir: Path, split: Split, taken: set[str]) -> list[Task]:
+    with readable(f"{data_dir}: the set of {read.__name__.strip('_')}"):
+        return read(data_dir, split, taken)
 
 
 def choose_tasks(data_dir: str | Path, split: Split = "test", names: Sequence[str] = ()) -> list[Task]:
@@ -80,7 +87,13 @@ def choose_tasks(data_dir: str | Path, split: Split = "test", names: Sequence[st
     Raises:
         ValueError: no task of that name; the message lists those there are.
     """
-    tasks = {task.name: task for task in mini_suite(data_dir, split)}
+    asked = [read for of_set, read in FAMILIES.items() if {*of_set} & {*names}]
+    if split == "test" and asked and {*names} <= {"scifact-full"}.union(*FAMILIES):
+        # the other sets need not be there; for dev they must, as no text of it may be in any of test
+        there = [task for read in asked for task in _read(read, Path(data_dir), "test", set())]
+    else:
+        there = mini_suite(data_dir, split)
+    tasks = {task.name: task for task in there}
     if split == "test" and "scifact-full" in names:
         tasks["scifact-full"] = scifact_full(data_dir)
     unknown = [name for name in names if name not in tasks]
@@ -276,10 +289,16 @@ def _snli(data_dir: Path, split: Split, taken: set[str]) -> list[Task]:
     ]
 
 
-FAMILIES: tuple[Callable[[Path, Split, set[str]], list[Task]], ...] = (
-    *(_sts, _xquad, _scifact_mini, _medquad),
-    *(_banking77, _polarity, _clinc150, _snli),
-)
+FAMILIES: dict[tuple[str, ...], Family] = {  # by the names of their tasks
+    ("stsbenchmark", "semeval"): _sts,
+    ("xquad",): _xquad,
+    ("scifact",): _scifact_mini,
+    ("medquad",): _medquad,
+    ("banking77",): _banking77,
+    ("polarity",): _polarity,
+    ("clinc150",): _clinc150,
+    ("snli",): _snli,
+}
 
 
 def _shots_and_test(

@@ -20,8 +20,10 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import batch_to_device
 from torch import nn
 from torch.nn.functional import cross_entropy
+from tqdm.auto import tqdm
 
 from uncausal.encoder.batching import token_batches
+from uncausal.encoder.data.rows import readable
 from uncausal.encoder.elementwise import alone_beyond
 from uncausal.encoder.evaluation.compare import Evaluation, Measured, Models, compare
 from uncausal.encoder.evaluation.tasks import Measurement
@@ -131,6 +133,11 @@ def read_tagged(path: Path, word_column: int, tag_column: int) -> list[TaggedSen
     Raises:
         ValueError: a line has too few fields; the message gives its number.
     """
+    with readable(str(path)):
+        return _read_tagged(path, word_column, tag_column)
+
+
+def _read_tagged(path: Path, word_column: int, tag_column: int) -> list[TaggedSentence]:
     sentences, words, tags = [], [], []
     opened = gzip.open if path.suffix == ".gz" else open
     with opened(path, "rt", encoding="utf8") as file:
@@ -215,7 +222,8 @@ def _compute(
     model.eval()
     result: list[np.ndarray] = [np.empty(0)] * len(tokens)
     alone = alone_beyond(model[0].config)  # type: ignore[union-attr]
-    for batch in token_batches([len(sentence.ids) for sentence in tokens], batch_tokens, alone=alone):
+    batches = token_batches([len(sentence.ids) for sentence in tokens], batch_tokens, alone=alone)
+    for batch in tqdm(list(batches), desc="Word states", unit="batch", disable=None):
         for index, states in zip(batch, _states(model, [tokens[i].ids for i in batch]), strict=True):
             if shift:
                 states = torch.cat([states[:1], states[:-1]])
@@ -284,7 +292,7 @@ def probe(
     optimizer = torch.optim.AdamW(layer.parameters(), lr=learning_rate, weight_decay=0)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
     order: list[int] = []
-    for _ in range(steps):
+    for _ in tqdm(range(steps), desc="Probe", unit="step", disable=None):
         while len(order) < batch_size:
             order += torch.randperm(len(train), generator=generator).tolist()
         batch, order = order[:batch_size], order[batch_size:]

@@ -187,7 +187,9 @@ def _update(
     if unread:
         report.skipped["unreadable"] += len(unread)
     waiting: list[tuple[str, str, list[Passage]]] = []
-    for done, name in enumerate(found, 1):
+    for done, name in enumerate(found):
+        if progress:
+            progress(done, len(found))
         try:
             if name.encode(errors="replace").decode() != name:
                 raise ValueError("name not UTF-8")
@@ -208,9 +210,9 @@ def _update(
         if sum(len(of_file) for _, _, of_file in waiting) >= GROUP:
             _store(database, waiting, encode, int8)
             waiting = []
-            if progress:
-                progress(done, len(found))
     _store(database, waiting, encode, int8)
+    if progress:
+        progress(len(found), len(found))
     with database:
         for name in gone:
             _forget(database, name)

@@ -23,10 +23,10 @@ from uncausal.encoder.data.local import VARIABLE
 from uncausal.encoder.data.pairs import read_pairs, text_columns
 from uncausal.encoder.data.rows import named
 from uncausal.encoder.files import staged, staged_file
-from uncausal.encoder.loading import local_path
+from uncausal.encoder.loading import check_model
 from uncausal.encoder.model import Encoder
 from uncausal.encoder.pruning import Choice, Depths, Pruning
-from uncausal.encoder.training.checkpoints import FINAL, RECORD, describe_encoder
+from uncausal.encoder.training.checkpoints import FINAL, RECORD, describe_encoder, remove
 from uncausal.encoder.training.ranks import only_run, process_state, together
 from uncausal.encoder.training.recipes import RECIPE, SELF, Recipe, Step, load_recipe
 from uncausal.encoder.training.run import train
@@ -86,6 +86,11 @@ def run_recipe(
     process_state(encoder.device)
     records, teacher = [], None
     with only_run(stages):
+        if not resume:
+            with together():
+                if PartialState().is_main_process:
+                    for earlier in sorted(stages.iterdir()):
+                        remove(earlier)
         for number, step in enumerate(steps, 1):
             folder = stages / f"{number}-{step.kind}"
             with named(f"stage {number} ({step.kind})"):
@@ -132,10 +137,10 @@ def check_teachers(
             continue
         for place, teacher in enumerate(step.settings.teachers):
             if not teacher.startswith(RECIPE):
-                local_path(teacher)
+                check_model(teacher)
             elif not (resume and (folder / TEACHERS / str(place) / RESULT).exists()):
                 taught = load_recipe(teacher.removeprefix(RECIPE))
-                local_path(str(model or taught.model))
+                check_model(str(model or taught.model))
                 check_teachers(taught.steps, folder / TEACHERS / str(place) / "stages", resume)
 
 

@@ -16,11 +16,13 @@ from typing import Any
 import psutil
 import torch
 from datasets import Dataset, DatasetDict
+from tqdm.auto import tqdm
 
 from uncausal.encoder.data.pairs import DOCUMENT_INSTRUCTION, INSTRUCTION, read_pairs, text_columns
 from uncausal.encoder.model import Encoder
 from uncausal.encoder.pruning import Pruning
 from uncausal.encoder.training.follow import CHOICE, OF_LOADING, asked_of, kept_choice, set_pooling
+from uncausal.encoder.training.progress import TrainingInterrupted
 from uncausal.encoder.training.recipes import RECIPE, Recipe, Step, load_recipe
 from uncausal.encoder.training.run import restore_modules, train
 from uncausal.encoder.training.stages.base import Stage
@@ -61,7 +63,7 @@ def plan_recipe(
     encoder = Encoder.from_pretrained(str(model or recipe.model), **recipe.loading(options))
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        for number, step in enumerate(steps, 1):
+        for number, step in enumerate(tqdm(steps, desc="Measuring stages", unit="stage", disable=None), 1):
             set_pooling(encoder, step)
             if isinstance(step.settings, Pruning):
                 file = Path(output or folder) / "stages" / f"{number}-{step.kind}" / CHOICE
@@ -81,7 +83,6 @@ def plan_recipe(
                     loading = {key: options[key] for key in OF_LOADING if key in options}
                     made = plan_recipe(taught, model=model, data_dir=data_dir, **loading)["stages"]
                     rows += [{**row, "kind": f"{taught.name}: {row['kind']}"} for row in made]
-            logger.info("measuring stage %d, %s", number, step.kind)
             figures = measure(encoder, step, Path(folder) / str(number), data_dir)
             rows.append({"kind": step.kind, "layers": encoder.num_layers, **figures})
     gpu = torch.cuda.get_device_name(encoder.device) if encoder.device.type == "cuda" else None
@@ -112,8 +113,11 @@ def measure(encoder: Encoder, step: Step, folder: Path, data_dir: Any) -> dict[s
         changes |= {"teacher": None, "vectors": str(_random_vectors(encoder, data, folder))}
     before = copy.deepcopy(encoder.state_dict())
     modules = dict(encoder._modules)
-    with memory(encoder.device) as peak:
-        result = train(encoder, replace(stage, **changes), data, folder, resume=False, progress=False)
+    try:
+        with memory(encoder.device) as peak:
+            result = train(encoder, replace(stage, **changes), data, folder, resume=False, progress=False)
+    except TrainingInterrupted:
+        raise KeyboardInterrupt from None  # nothing of a plan is kept
     restore_modules(encoder, modules)
     encoder.load_state_dict(before)
     rate = [line["tokens_per_second"] for line in result.history if "tokens_per_second" in line][-1]

@@ -26,6 +26,7 @@ from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 import uncausal
 from uncausal.encoder.data.local import PREFIX, SETS, check_local, local_rows, split_name
 from uncausal.encoder.data.pairs import LABEL, read_pairs
+from uncausal.encoder.data.rows import check_source
 from uncausal.encoder.data.texts import read_texts
 from uncausal.encoder.loading import EncoderSpec
 from uncausal.encoder.pooling import POOLING_MODES
@@ -134,7 +135,7 @@ class Recipe:
 
         Raises:
             RecipeError: a stage has no data, or there is no such stage.
-            DataError, FileNotFoundError: there is no such local set, or no data directory.
+            DataError, FileNotFoundError: there is no such local set, no data directory, or no such file.
         """
         given, kinds = dict(data or {}), [step.kind for step in self.steps]
         for kind in given.keys() - {*kinds}:
@@ -155,7 +156,10 @@ class Recipe:
                 f"data={{{missing[0]!r}: ...}}, or --data {missing[0]}=FILE"
             )
         for step in steps:
-            for name in _local_names(step.data):
+            for name in _names(step.data):
+                if not name.startswith(PREFIX):
+                    check_source(name)
+                    continue
                 check_local(name, folder)
                 if step.takes_pairs and split_name(name)[0] not in SETS:
                     raise RecipeError(
@@ -311,10 +315,11 @@ def _texts(source: Any) -> Iterable[str]:
     return list(dict.fromkeys(text for row in source for key, text in row.items() if key != LABEL))
 
 
-def _local_names(data: Any) -> Iterator[str]:
+def _names(data: Any) -> Iterator[str]:
+    """The names of files and sets among data that may be rows as well."""
     for source in data.values() if isinstance(data, Mapping) else [data]:
-        if isinstance(source, str) and source.startswith(PREFIX):
-            yield source
+        if isinstance(source, str | Path):
+            yield str(source)
 
 
 def _check_keys(table: Mapping[str, Any], valid: Sequence[str], where: str) -> None:

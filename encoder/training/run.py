@@ -134,6 +134,7 @@ def _train(
     module = own or stage.make_loss(encoder, dataset)
     description = describe(encoder, stage, dataset, module, weights)
     open_run(run, description, resume)
+    again = "the same call or command" + ("" if resume else " without --no-resume (resume=False)")
     set_seed(stage.seed)  # whatever the data drew: loading a teacher does
     with _trainable(encoder, stage) as (adapter, before):
         if (run / FINAL).exists():
@@ -153,10 +154,10 @@ def _train(
                 for callback in callbacks:
                     trainer.add_callback(callback)
                 stop = StopOnSignal()
-                record = _run(trainer, stage, run, progress, stop)
+                record = _run(trainer, stage, run, progress, stop, again)
             save_final(encoder, adapter, run, record, description)
             if anywhere(stop.stopped):
-                raise TrainingInterrupted(f"{stage.name} ended: the same call or command goes on behind it")
+                raise TrainingInterrupted(f"{stage.name} ended: {again} goes on behind it")
         lost = lost_in_rounding(before) if adapter is None else merge_lora(adapter)
     return TrainResult(**record, metrics={}, adapter=run / FINAL, lost_in_merge=lost)
 
@@ -244,7 +245,7 @@ def _to_dtypes(flags: list[tuple[nn.Parameter, bool]], dtypes: list[torch.dtype]
 
 
 def _run(
-    trainer: StageTrainer, stage: Stage, run: Path, progress: bool, stop: StopOnSignal
+    trainer: StageTrainer, stage: Stage, run: Path, progress: bool, stop: StopOnSignal, again: str
 ) -> dict[str, Any]:
     """Train to the end, or write a checkpoint and raise TrainingInterrupted."""
     bar = Progress(stage.name)
@@ -269,8 +270,7 @@ def _run(
     step = trainer.state.global_step
     if step < stage.max_steps:
         raise TrainingInterrupted(
-            f"{stage.name} stopped at step {step} of {stage.max_steps}: the same call or command "
-            f"resumes {run}"
+            f"{stage.name} stopped at step {step} of {stage.max_steps}: {again} resumes {run}"
         )
     return {
         "steps": step - first,
