@@ -237,7 +237,7 @@ def test_save_leaves_no_weights_of_an_earlier_one(tiny_llama, tmp_path):
 def test_save_removes_nothing_that_is_not_a_saves(tiny_llama, tmp_path):
     """Regression: a user's `2024_data/` and `model.py` were taken for an earlier save's, and were gone."""
     kept = {"2024_data/rows.txt", "1_Data/rows.txt", "model.py", "model-notes.md", "README.md"}
-    kept |= {"model_v1.bin", "chat_template.jinja"}
+    kept |= {"model_v1.bin", "pytorch_model.bin"}
     for name in kept:
         (tmp_path / "encoder" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "encoder" / name).write_text("mine")
