@@ -82,6 +82,14 @@ OF_AN_EARLIER_SAVE = (  # weights, and what only some tokenizers have
 )
 
 
+def is_generated_card(card: Path) -> bool:
+    """Whether a README.md is a model card of sentence-transformers', which another may replace."""
+    head, text = "---", card.read_text(encoding="utf8", errors="replace") if card.is_file() else ""
+    return (
+        text.startswith(head) and "sentence-transformers" in text.removeprefix(head).partition(f"\n{head}")[0]
+    )
+
+
 def _of_an_earlier_save(folder: Path) -> set[str]:
     """The names of what a model that was saved in a folder left there and another may not replace."""
     if not any((folder / name).is_file() for name in CONFIGS):
@@ -545,16 +553,15 @@ class Encoder(SentenceTransformer):
             merged.merge()  # an adapter saved alone would come back causal
             merged.save(path, model_name, *args, **kwargs)
             return
-        outdated = _of_an_earlier_save(Path(path))
-        with staged(Path(path), outdated) as staging:
+        with staged(Path(path), _of_an_earlier_save(Path(path))) as staging:
             super().save(str(staging), model_name, *args, **kwargs)
             modules = json.loads((staging / "modules.json").read_text())
             for module in modules:
                 module["type"] = SAVED_NAMES.get(module["type"], module["type"])
             (staging / "modules.json").write_text(json.dumps(modules, indent=2))
             card = staging / "README.md"
-            if not outdated and (Path(path) / card.name).exists():
-                card.unlink(missing_ok=True)  # of a folder that was no model's, its own stays
+            if (Path(path) / card.name).exists() and not is_generated_card(Path(path) / card.name):
+                card.unlink(missing_ok=True)  # what was there stays
             if model_name and card.exists():
                 text = card.read_text(encoding="utf8")
                 card.write_text(

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import platform
+import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -24,11 +25,11 @@ from uncausal.encoder.data.pairs import read_pairs, text_columns
 from uncausal.encoder.data.rows import named
 from uncausal.encoder.files import staged, staged_file
 from uncausal.encoder.loading import check_model
-from uncausal.encoder.model import Encoder
+from uncausal.encoder.model import Encoder, is_generated_card
 from uncausal.encoder.pruning import Choice, Depths, Pruning
 from uncausal.encoder.training.checkpoints import FINAL, RECORD, describe_encoder, remove
 from uncausal.encoder.training.ranks import only_run, process_state, together
-from uncausal.encoder.training.recipes import RECIPE, SELF, Recipe, Step, load_recipe
+from uncausal.encoder.training.recipes import KINDS, RECIPE, SELF, Recipe, Step, load_recipe
 from uncausal.encoder.training.run import train
 from uncausal.encoder.training.stages.base import Stage
 from uncausal.encoder.training.stages.distill import PARTS, Distill, text_digest
@@ -37,6 +38,7 @@ from uncausal.encoder.whitening import LinearMap, Whitening, append_linear
 logger = logging.getLogger(__name__)
 CHOICE, MAP, TEACHER, VECTORS, RESULT = "choice.json", "map", "teacher", "vectors.npy", "recipe.json"
 TEACHERS = "teachers"
+OF_A_STAGE = rf"\d+-({'|'.join(KINDS)})"  # the name of its folder
 # arguments of `from_pretrained` that are for teachers too
 OF_LOADING = ("attention", "dtype", "device", "token", "trust_remote_code", "cache_dir", "local_files_only")
 PACKAGES = ("uncausal", "torch", "transformers", "sentence-transformers", "peft", "accelerate", "datasets")
@@ -89,7 +91,8 @@ def run_recipe(
         if not resume:
             with together():
                 if PartialState().is_main_process:
-                    for earlier in sorted(stages.iterdir()):
+                    own = (path for path in stages.iterdir() if re.fullmatch(OF_A_STAGE, path.name))
+                    for earlier in sorted(path for path in own if path.is_dir() and not path.is_symlink()):
                         remove(earlier)
         for number, step in enumerate(steps, 1):
             folder = stages / f"{number}-{step.kind}"
@@ -336,8 +339,9 @@ def save(encoder: Encoder, output: Path, recipe: Recipe, model: str, records: li
         with staged_file(output / RESULT) as out:
             out.write(json.dumps(record, indent=2, default=str).encode())
         card = output / "README.md"
-        with staged_file(card) as out:
-            out.write((card.read_text("utf8") + card_section(record)).encode())
+        if is_generated_card(card):
+            with staged_file(card) as out:
+                out.write((card.read_text("utf8") + card_section(record)).encode())
 
 
 def card_section(record: Mapping[str, Any]) -> str:
