@@ -193,9 +193,8 @@ class PackedTransformer(Transformer):
         ids, mask = model_inputs.get("input_ids"), model_inputs.get("attention_mask")
         if ids is not None and mask is not None:
             tokenizer, embeddings = cast(Any, self.tokenizer), cast(Any, self.model.get_input_embeddings())
-            if (tokenizer.pad_token_id or 0) >= embeddings.weight.shape[
-                0
-            ]:  # a pad token without an embedding
+            # a pad token without an embedding
+            if (tokenizer.pad_token_id or 0) >= embeddings.weight.shape[0]:
                 model_inputs["input_ids"] = ids.masked_fill(mask == 0, 0)
         if alone_beyond(self.model.config) is not None:
             restore_rope(self.model)

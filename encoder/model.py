@@ -98,7 +98,7 @@ def _of_an_earlier_save(folder: Path) -> set[str]:
     with suppress(OSError, ValueError, TypeError, KeyError):  # the folders of modules, "1_Pooling"
         modules = json.loads((folder / "modules.json").read_text())
         found |= {module["path"] for module in modules if re.fullmatch(r"\d+_\w+", module["path"])}
-    return {*found, *CONFIGS}
+    return found
 
 
 def _name(module: type) -> str:
